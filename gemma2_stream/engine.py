@@ -1,0 +1,345 @@
+"""The engine: one worker thread that runs every `model.generate`, one request group after another.
+
+Knows transformers and torch; no LangChain. Callers hand in `Request`s from any thread and read a
+`TokenStream`; only the worker touches the model, so there is no lock around it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import os
+import queue
+import threading
+import traceback
+import uuid
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, Self
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from .detokenizer import detokenizer_for
+from .errors import EngineClosedError, ParameterError, PromptTooLongError
+from .prompt import PromptEncoder
+from .sampling import RowLogits
+from .stream import Channel, TokenStream
+from .streamer import Row, TokenStreamer
+from .types import Request, SamplingParams, Turn
+
+# Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
+# with eager attention, prefill is faster too; a cancel is seen between layers within it.
+PREFILL_CHUNK = 512
+
+# Rows in one forward; a longer group runs in several.
+MAX_ROWS = 32
+
+
+class _Cancelled(BaseException):
+    """Unwinds `generate` from inside the prefill, where no criterion is asked."""
+
+
+class Gemma2Engine:
+    """Runs a transformers model for many callers.
+
+        with Gemma2Engine(model, tokenizer) as engine:
+            ids = engine.encode("你是谁")
+            for chunk in engine.submit([Request(tuple(ids), SamplingParams(max_new_tokens=50))]):
+                print(chunk.text, end="")
+
+    `model` is any causal LM in eval mode, `tokenizer` its fast tokenizer; both stay usable as
+    `engine.model` and `engine.tokenizer`. `name` tells these weights from others in traces and
+    cache keys; by default it is the checkpoint's path, or made up when there is none.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ParameterError(
+                f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer: load it with "
+                "AutoTokenizer from a folder that has tokenizer.json"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name or model.config._name_or_path or f"unnamed-{uuid.uuid4().hex}"
+        self._encoder = PromptEncoder(tokenizer)
+        self._detokenizer = detokenizer_for(tokenizer)
+        self._config = _greedy(model, tokenizer)
+        self._jobs: _Jobs = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+        self._channels: set[Channel] = set()
+        self._pid = os.getpid()
+        # The worker refers to its engine only while there is work, so that an engine nobody holds
+        # is garbage; this is what ends its thread then.
+        weakref.finalize(self, self._jobs.put, None).atexit = False
+        _open_engines.add(self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"on {self.device}"
+        return f"Gemma2Engine({self.name!r}, {state})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where prompt ids go: the device of the embedding."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def context_length(self) -> int:
+        """The model's positions, prompt and answer together: 8,192 for Gemma 2."""
+        length: int = self.model.config.get_text_config().max_position_embeddings
+        return length
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """What the checkpoint's generation config says; what it leaves out is off, and greedy."""
+        config = self.model.generation_config
+        return SamplingParams(
+            max_new_tokens=config.max_new_tokens,
+            temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
+            top_p=config.top_p or 1.0,
+            top_k=config.top_k or 0,
+            min_p=config.min_p or 0.0,
+            repetition_penalty=config.repetition_penalty or 1.0,
+        )
+
+    def encode(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> list[int]:
+        """Prompt ids: a string is one user turn, or with `raw` the whole prompt.
+
+        Raises PromptError.
+        """
+        if not isinstance(prompt, str):
+            return self._encoder.turns(prompt)
+        if raw:
+            return self._encoder.raw(prompt)
+        return self._encoder.turns([{"role": "user", "content": prompt}])
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of plain text: no BOS, no turns, no control tokens."""
+        return self._encoder.text(text)
+
+    def submit(self, requests: Sequence[Request]) -> TokenStream:
+        """Queue `requests`, to be decoded together, and return at once. From any thread.
+
+        Raises ParameterError, PromptTooLongError or EngineClosedError, before any forward.
+        """
+        channel = Channel([self._checked(request) for request in requests])
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            if self._pid != os.getpid():
+                raise EngineClosedError(
+                    f"{self!r} was made before a fork, and threads do not survive one: make it in "
+                    "the child, or start processes with multiprocessing's 'spawn'"
+                )
+            if self._worker is None:
+                self._worker = threading.Thread(
+                    target=_work, args=(self._jobs,), name="gemma2_stream", daemon=True
+                )
+                self._worker.start()
+            self._channels.add(channel)
+            self._jobs.put((self, channel))
+        return TokenStream(channel)
+
+    def join(self) -> None:
+        """Wait until everything submitted so far is over and its memory is free."""
+        for channel in list(self._channels):
+            channel.finished.wait()
+
+    def close(self) -> None:
+        """End requests in flight with EngineClosedError, stop the thread, let go of the weights.
+
+        May be called twice. Waits for the forward that is running, if one is.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for channel in list(self._channels):
+                channel.fail(self._closed_error())
+            self._jobs.put(None)
+        if self._worker is not None and self._worker is not threading.current_thread():
+            self._worker.join()
+        self.model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # one process, one copy of the weights
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an engine holds a thread and loaded weights and cannot be pickled: pickle "
+            "Gemma2LLM(model=...), which loads them again where it is unpickled"
+        )
+
+    def _closed_error(self) -> EngineClosedError:
+        return EngineClosedError(f"the engine of {self.name!r} was closed: load the model again")
+
+    def _checked(self, request: Request) -> Request:
+        """`request` with every parameter resolved and every refusal made."""
+        params = request.params.over(self.defaults)
+        self._stop_ids(params)
+        length, context = len(request.prompt_ids), self.context_length
+        if length >= context:
+            raise PromptTooLongError(
+                f"the prompt has {length:,} tokens and the context of {self.name!r} holds "
+                f"{context:,}, prompt and answer together: shorten the prompt"
+            )
+        if length == 0:
+            raise ParameterError("prompt_ids=() is empty: a prompt needs at least a BOS")
+        return Request(request.prompt_ids, params)
+
+    def _stop_ids(self, params: SamplingParams) -> dict[int, str | None]:
+        """Ids that end the answer: the ends of a turn, and stops that spell a control token."""
+        ids: dict[int, str | None] = dict.fromkeys(self._config.eos_token_id)
+        for stop in params.stop:
+            if stop in self._encoder.control_ids:
+                ids[self._encoder.control_ids[stop]] = stop
+            elif control := next((c for c in self._encoder.control_ids if c in stop), None):
+                raise ParameterError(
+                    f"stop={stop!r} mixes the control token {control!r} with text, and control "
+                    f"tokens are no part of the text: give {control!r} alone"
+                )
+        return ids
+
+    def _serve(self, channel: Channel) -> None:
+        """Run one group to its end, on the worker. Whatever happens, the stream ends."""
+        try:
+            if channel.start():
+                for start in range(0, len(channel.requests), MAX_ROWS):
+                    self._generate(channel, range(len(channel.requests))[start : start + MAX_ROWS])
+        except BaseException as error:
+            # The frames would keep the KV cache alive for as long as someone keeps the error.
+            _clear_frames(error)
+            channel.put(error)
+        finally:
+            channel.put(None)
+            channel.finished.set()
+            self._channels.discard(channel)
+
+    def _generate(self, channel: Channel, indices: Sequence[int]) -> None:
+        """One `model.generate` for the rows `indices`, left-padded to a common length."""
+        requests = [channel.requests[index] for index in indices]
+        room = [self.context_length - len(request.prompt_ids) for request in requests]
+        limits = [min(r.params.max_new_tokens or n, n) for r, n in zip(requests, room, strict=True)]
+        rows = [
+            Row(index, request, channel, self._detokenizer(), self._stop_ids(request.params), limit)
+            for index, request, limit in zip(indices, requests, limits, strict=True)
+        ]
+        config = copy.deepcopy(self._config)
+        config.max_new_tokens = max(limits)
+        input_ids, attention_mask = self._padded(requests)
+        logits = RowLogits(
+            requests, input_ids.shape[1], check_finite=self.model.dtype == torch.float16
+        )
+        with self._interruptible_prefill(channel) as prefilled:
+            streamer = TokenStreamer(self.tokenizer, rows, channel, prefilled)
+            try:
+                self.model.generate(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList([logits] if logits.needed else []),
+                    stopping_criteria=StoppingCriteriaList([streamer]),
+                    streamer=streamer,
+                )
+            except _Cancelled:
+                streamer.end()
+
+    def _padded(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt ids and mask, both (rows, longest prompt), padded on the left."""
+        width = max(len(request.prompt_ids) for request in requests)
+        pads = [width - len(request.prompt_ids) for request in requests]
+        pad_id = self._config.pad_token_id
+        ids = [[pad_id] * n + [*r.prompt_ids] for n, r in zip(pads, requests, strict=True)]
+        mask = [[0] * n + [1] * (width - n) for n in pads]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    @contextlib.contextmanager
+    def _interruptible_prefill(self, channel: Channel) -> Iterator[Any]:
+        """Between layers, look whether anyone still wants this; yields what removes the looking.
+
+        `generate` asks no criterion before the first token, and a prefill can take minutes. After
+        it the criterion is asked at every step, and the hooks would only cost time.
+        """
+        worker = threading.get_ident()
+
+        def look(*_: object) -> None:
+            # A caller's own forward on the shared model, from another thread, is none of ours.
+            if channel.cancelled and threading.get_ident() == worker:
+                raise _Cancelled
+
+        layers = getattr(self.model.get_decoder(), "layers", [self.model])
+        handles = [layer.register_forward_pre_hook(look) for layer in layers]
+
+        def remove() -> None:
+            while handles:
+                handles.pop().remove()
+
+        try:
+            yield remove
+        finally:
+            remove()
+
+
+_Jobs = queue.SimpleQueue["tuple[Gemma2Engine, Channel] | None"]
+_open_engines: weakref.WeakSet[Gemma2Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A daemon thread inside torch while the interpreter goes down is a crash: end them first."""
+    for engine in list(_open_engines):
+        engine.close()
+
+
+def _work(jobs: _Jobs) -> None:
+    """The worker thread: one group after the other, until None."""
+    while (job := jobs.get()) is not None:
+        engine, channel = job
+        engine._serve(channel)
+        # While we wait for the next, nothing of this one may be held, the engine included.
+        del engine, channel, job
+
+
+def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
+    """The checkpoint's generation config, for one choice a step: ours to make, see sampling.py."""
+    config: GenerationConfig = copy.deepcopy(model.generation_config)
+    # Explicit and neutral (50 is what transformers takes for no top_k), since `generate` fills what
+    # is None from the checkpoint.
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}
+    neutral |= {"repetition_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
+    ours: dict[str, object] = {"do_sample": False, "use_cache": True, "cache_implementation": None}
+    ours |= {"max_length": None, "prefill_chunk_size": PREFILL_CHUNK}
+    for name, value in (neutral | ours).items():
+        setattr(config, name, value)
+    config.eos_token_id = _end_ids(model, tokenizer)
+    config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return config
+
+
+def _end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end a turn: the checkpoint's, the tokenizer's eos, and Gemma's <end_of_turn>."""
+    listed = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, tokenizer.backend_tokenizer.token_to_id("<end_of_turn>")}
+    ids |= set(listed) if isinstance(listed, Iterable) else {listed}
+    return sorted(ids - {None})
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of the locals of every frame that `error` and its causes went through."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,222 @@
+"""What `Gemma2LLM` and the chat model have in common: their fields, their engine, their requests.
+
+Knows LangChain's conventions and the engine's `Protocol`; imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, Self, TypedDict, Unpack
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from . import __version__
+from .errors import ParameterError
+from .loading import LoadSpec, shared_engine
+from .stream import TokenStream
+from .types import SAMPLING_NAMES, Chunk, Engine, Request, SamplingParams, Turn, unknown_name
+
+_LOADING_NAMES = [name for name in LoadSpec.__slots__ if name != "model"]
+
+
+class Parameters(TypedDict, total=False):
+    """Keyword arguments of `Gemma2LLM` and of the chat model, with those of LangChain's own."""
+
+    engine: Engine | None
+    max_new_tokens: int | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    timeout: float | None
+    revision: str | None
+    source: str | None
+    cache_dir: str | os.PathLike[str] | None
+    dtype: str | None
+    device_map: str | dict[str, str | int] | None
+    attn_implementation: str | None
+    preset: str | None
+    name: str | None
+    cache: Any
+    verbose: bool
+    callbacks: Any
+    tags: list[str] | None
+    metadata: dict[str, Any] | None
+    custom_get_token_ids: Any
+
+
+class Gemma2Fields(BaseModel):
+    """Fields for sampling and loading, checked when the object is made, and the engine behind them.
+
+    `None` means what the checkpoint's generation config says; `sampling_params` tells what will be
+    used. Nothing is loaded before `engine` is first needed.
+    """
+
+    model_config = ConfigDict(
+        populate_by_name=True, extra="forbid", arbitrary_types_allowed=True, protected_namespaces=()
+    )
+
+    model: str = "demo"
+    custom_engine: Engine | None = Field(default=None, alias="engine", exclude=True, repr=False)
+    max_new_tokens: int | None = Field(default=None, alias="max_tokens")
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    timeout: float | None = None
+    revision: str | None = None
+    source: str | None = None
+    cache_dir: str | None = None
+    dtype: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    preset: str | None = None
+
+    def __init__(
+        self, model: str | os.PathLike[str] | None = None, **parameters: Unpack[Parameters]
+    ) -> None:
+        super().__init__(**_checked(type(self), model, dict(parameters)))
+
+    @model_validator(mode="after")
+    def _set_gemma2_stream_version(self) -> Self:
+        self._add_version("gemma2-stream", __version__)  # type: ignore[attr-defined]
+        return self
+
+    @property
+    def engine(self) -> Engine:
+        """The engine: the one given, or the process's own for these weights, loaded on first use.
+
+        Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
+        """
+        if self.custom_engine is not None:
+            return self.custom_engine
+        return shared_engine(LoadSpec(model=self.model, **self._loading))
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """Every parameter as it will be used, with the checkpoint's own where none was given."""
+        return self._given.over(self.engine.defaults)
+
+    @property
+    def _given(self) -> SamplingParams:
+        given = {name: getattr(self, name) for name in SAMPLING_NAMES}
+        return SamplingParams(**{**given, "stop": self.stop or ()})
+
+    @property
+    def _loading(self) -> dict[str, str | None]:
+        return {name: getattr(self, name) for name in _LOADING_NAMES}
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        """All that decides an answer, in plain JSON types: LangChain's cache key is made of it."""
+        sampling = {name: getattr(self, name) for name in sorted(SAMPLING_NAMES)}
+        return {"model": self.model, **self._loading, **sampling}
+
+    def _with(self, overrides: dict[str, Any]) -> Self:
+        """This model with per-call `overrides` as its own parameters.
+
+        LangChain leaves per-call arguments out of its cache key; as fields they are in it.
+        """
+        if not overrides:
+            return self
+        params = self._given.override(**_renamed(overrides))
+        update = {name: getattr(params, name) for name in SAMPLING_NAMES}
+        copy = self.model_copy(update={**update, "stop": list(params.stop) or None})
+        # A cached_property of LangChain's that would describe the original.
+        copy.__dict__.pop("_serialized", None)
+        return copy
+
+    def _submit(
+        self,
+        prompts: Sequence[str | Sequence[Turn]],
+        raw: bool,
+        stop: Sequence[str] | None,
+        overrides: dict[str, Any],
+    ) -> TokenStream:
+        """One request a prompt, queued; the rows of one stream. Raises before any forward."""
+        params = self._given.override(stop=stop).override(**_renamed(overrides))
+        engine = self.engine
+        ids = [engine.encode(prompt, raw=raw) for prompt in prompts]
+        return engine.submit([Request(tuple(row), params) for row in ids])
+
+    def _info(self, chunk: Chunk) -> dict[str, Any] | None:
+        """What a row's last chunk says, as LangChain carries it; None for the others.
+
+        LangChain adds up the info of merged chunks, so only one chunk may have any.
+        """
+        if chunk.usage is None:
+            return None
+        return {
+            "finish_reason": chunk.finish_reason,
+            "matched_stop": chunk.stop,
+            "model_name": self.model,
+            "token_usage": {
+                "prompt_tokens": chunk.usage.prompt_tokens,
+                "completion_tokens": chunk.usage.completion_tokens,
+                "total_tokens": chunk.usage.total_tokens,
+                "cached_tokens": chunk.usage.cached_tokens,
+            },
+        }
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with `max_tokens` under its own name."""
+    if "max_tokens" not in values:
+        return values
+    values = dict(values)
+    short = values.pop("max_tokens")
+    if short is not None and values.get("max_new_tokens") not in (None, short):
+        raise ParameterError(
+            f"max_tokens={short!r} and max_new_tokens={values['max_new_tokens']!r} are two names "
+            "of one parameter: give one"
+        )
+    return {"max_new_tokens": short, **values} if short is not None else values
+
+
+def _checked(
+    cls: type[Gemma2Fields], model: str | os.PathLike[str] | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """Constructor arguments as fields. Raises ParameterError, before pydantic could hide it."""
+    values = _renamed(given)
+    if "custom_engine" in values:  # how LangChain rebuilds a configurable model: by field names
+        values["engine"] = values.pop("custom_engine")
+    known = {*cls.model_fields, "max_tokens", "engine"} - {"custom_engine"}
+    for name in values.keys() - known:
+        raise unknown_name(name, known)
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    SamplingParams(**{k: v for k in SAMPLING_NAMES if (v := values.get(k)) is not None})
+    if isinstance(values.get("device_map"), dict):
+        values["device_map"] = json.dumps(values["device_map"], sort_keys=True)
+    if values.get("cache_dir") is not None:
+        values["cache_dir"] = os.fspath(values["cache_dir"])
+    loading = {name: values.get(name) for name in _LOADING_NAMES}
+    LoadSpec(**loading)  # type: ignore[arg-type]  # it checks what it is given
+    return {**values, "model": _model_name(model, values.get("engine"), loading)}
+
+
+def _model_name(model: str | os.PathLike[str] | None, engine: Any, loading: dict[str, Any]) -> str:
+    """What to call the model; with an engine of the caller's own, what that calls itself."""
+    if engine is None:
+        return "demo" if model is None else os.fspath(model)
+    if not isinstance(engine, Engine):
+        raise ParameterError(
+            f"engine={engine!r} is no engine: it needs name, defaults, encode, tokenize, submit "
+            "and close (see gemma2_stream.Engine)"
+        )
+    idle = [name for name, value in {"model": model, **loading}.items() if value is not None]
+    if idle and (idle != ["model"] or model != engine.name):
+        raise ParameterError(
+            f"{idle[0]} says how to load weights, and engine={engine!r} has its own: give one or "
+            "the other"
+        )
+    return engine.name

@@ -1,0 +1,125 @@
+"""A folder to a running engine: device, dtype, attention, and one copy of the weights a process.
+
+Knows transformers and torch, inside functions: importing this module loads neither.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import hub
+from .errors import CheckpointError, ParameterError
+
+if TYPE_CHECKING:
+    from .engine import Gemma2Engine
+
+DTYPES = ("auto", "bfloat16", "float32", "float16")
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+PRESETS = ("exact",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSpec:
+    """Everything that decides which weights are loaded, and how. `None` leaves it to us.
+
+    Raises ParameterError for a value that is not among those known.
+    """
+
+    model: str = "demo"
+    revision: str | None = None
+    source: str | None = None
+    cache_dir: str | None = None
+    dtype: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        _among("dtype", self.dtype, DTYPES)
+        _among("attn_implementation", self.attn_implementation, ATTENTIONS)
+        _among("preset", self.preset, PRESETS)
+
+
+def _among(name: str, value: str | None, known: tuple[str, ...]) -> None:
+    if value is not None and value not in known:
+        raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
+
+
+_engines: dict[tuple[object, ...], Gemma2Engine] = {}
+_lock = threading.Lock()
+
+
+def shared_engine(spec: LoadSpec) -> Gemma2Engine:
+    """The process's engine for `spec`, loaded the first time that it is asked for.
+
+    Two specs that come to the same folder, dtype, device and attention share one. A closed engine
+    is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
+    """
+    folder = hub.resolve(
+        spec.model, revision=spec.revision, source=spec.source, cache_dir=spec.cache_dir
+    ).resolve()
+    # One load at a time: two would fight for the disk and the memory.
+    with _lock:
+        dtype, device_map = pick_dtype(spec.dtype), spec.device_map or pick_device_map()
+        key = (folder, dtype, device_map, spec.attn_implementation)
+        engine = _engines.get(key)
+        if engine is None or engine.closed:
+            engine = _engines[key] = _load(folder, dtype, device_map, spec.attn_implementation)
+    return engine
+
+
+def pick_device_map() -> str:
+    """Where weights go when nobody says: all GPUs there are, Apple's, or the CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "auto"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def pick_dtype(dtype: str | None) -> str:
+    """bfloat16 where the device computes in it, else float32; never float16 unasked."""
+    if dtype not in (None, "auto"):
+        return str(dtype)
+    import torch
+
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available():
+        native = True
+    else:
+        able = torch.cpu.get_capabilities()
+        native = any(able.get(unit) for unit in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if native else "float32"
+
+
+def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> Gemma2Engine:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .engine import Gemma2Engine
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            device_map=_parsed(device_map),
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{str(folder)!r} does not load as a causal language model: {error}"
+        ) from error
+    return Gemma2Engine(model, tokenizer, name=str(folder))
+
+
+def _parsed(device_map: str) -> Any:
+    """accelerate's own names and devices as they are; a JSON object as the map it writes down."""
+    return json.loads(device_map) if device_map.startswith("{") else device_map

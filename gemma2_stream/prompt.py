@@ -1,0 +1,121 @@
+"""A string or a conversation to prompt ids: the checkpoint's own template, one BOS, no forgery.
+
+Pure: knows a tokenizer, no model and no LangChain. The template is rendered as text, and only the
+control tokens that the *template* wrote become control tokens. The spelling of one inside content
+("<end_of_turn>" in a user's message) is cut in two before it is tokenized, so it stays text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import PromptError
+from .types import Turn
+
+# What a spelling is cut with: the first private-use character that no text of the prompt contains.
+_MARKS = range(0xF0000, 0xFFFFE)
+
+
+class PromptEncoder:
+    """Prompt ids from text, by one fast transformers tokenizer, which is read and never changed."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._encode = tokenizer.backend_tokenizer.encode
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self.control_ids = {token.content: i for i, token in added.items() if token.special}
+        spellings = sorted(self.control_ids, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self._bos: int | None = tokenizer.bos_token_id
+
+    def turns(self, turns: Sequence[Turn]) -> list[int]:
+        """Ids of a conversation, through the template, ready for the model's next turn.
+
+        Raises PromptError where the tokenizer has no template or the template refuses.
+        """
+        if not self._tokenizer.chat_template:
+            raise PromptError(
+                "this checkpoint has no chat template (a base model?): pass raw=True to send "
+                "prompts as they are, or use an instruction-tuned checkpoint, such as one that "
+                "ends in -it"
+            )
+        mark = self._unused_mark([turn["content"] for turn in turns])
+        marked = [{**turn, "content": self._mark(turn["content"], mark)} for turn in turns]
+        return self._ids(self._render(marked), mark)
+
+    def raw(self, text: str) -> list[int]:
+        """Ids of a whole prompt as it is, control tokens included, with exactly one BOS in front.
+
+        Raises PromptError for a BOS further in.
+        """
+        ids = self._ids(text, self._unused_mark([text]))
+        if self._bos is None:
+            return ids
+        while ids and ids[0] == self._bos:
+            ids = ids[1:]
+        if self._bos in ids:
+            raise PromptError(
+                f"a raw prompt may begin with {self._tokenizer.bos_token!r} but not contain it; "
+                "remove it, or send the text as a turn (raw=False), where it stays text"
+            )
+        return [self._bos, *ids]
+
+    def text(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS, no turns, and no control tokens whatever it spells."""
+        mark = self._unused_mark([text])
+        return self._ids(self._mark(text, mark), mark)
+
+    def _render(self, turns: Sequence[Turn]) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise PromptError(
+                f"the chat template refuses roles {[turn['role'] for turn in turns]!r}: {error}"
+            ) from error
+        return text
+
+    @staticmethod
+    def _unused_mark(texts: Sequence[str]) -> str:
+        return next(m for m in map(chr, _MARKS) if not any(m in text for text in texts))
+
+    def _mark(self, text: str, mark: str) -> str:
+        """`text` with every spelling of a control token cut after its first character."""
+        parts, position = [], 0
+        while match := self._control.search(text, position):
+            parts.append(text[position : match.start() + 1])
+            position = match.start() + 1
+        return mark.join([*parts, text[position:]])
+
+    def _ids(self, text: str, mark: str) -> list[int]:
+        """Control tokens to their ids; the text between them tokenized, in parts where marked."""
+        ids: list[int] = []
+        position = 0
+        for match in self._control.finditer(text):
+            ids += self._text_ids(text[position : match.start()], mark)
+            ids.append(self.control_ids[match.group()])
+            position = match.end()
+        return ids + self._text_ids(text[position:], mark)
+
+    def _text_ids(self, text: str, mark: str) -> list[int]:
+        ids: list[int] = []
+        for part in text.split(mark):
+            try:
+                ids += self._encode(part, add_special_tokens=False).ids
+            except TypeError as error:  # how the tokenizer says "not Unicode"
+                raise PromptError(
+                    f"the prompt is not valid Unicode near {_surrogate(part)!r}: repair it, such "
+                    "as by text.encode('utf-8', 'replace').decode()"
+                ) from error
+        return ids
+
+
+def _surrogate(text: str) -> str:
+    """The first lone surrogate of `text` with a little around it."""
+    found = re.search("[\ud800-\udfff]", text)
+    return text[max(0, found.start() - 10) : found.end() + 10] if found else text[:20]

@@ -1,0 +1,182 @@
+"""The one thread boundary: chunks cross from the engine's worker to a caller, thread or event loop.
+
+Knows no torch and no LangChain. Two ends share one channel: the worker holds the `Channel`, the
+caller holds the `TokenStream`. Only the caller's end is ever garbage: when it goes, by `close()`,
+by `del`, or by an exception that unwinds past it, the channel is cancelled and the worker stops.
+
+    with engine.submit([request]) as stream:
+        for chunk in stream:          # or `async for`; the same object, one reader
+            print(chunk.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from .errors import GenerationTimeoutError
+from .types import Chunk, Request, Usage
+
+
+class Channel:
+    """The worker's end: where chunks go, and the flag that says nobody wants more.
+
+    `finished` is set when the worker has let go of everything that the requests needed.
+    """
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = tuple(requests)
+        self.cancelled = False
+        self.finished = threading.Event()
+        self._started = False
+        # Reentrant: a garbage collection inside `start` may run the finalizer that calls `cancel`.
+        self._lock = threading.RLock()
+        self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
+        self._wake: Callable[[], object] | None = None
+
+    def start(self) -> bool:
+        """Claim this channel for the worker; False when it was cancelled while it waited."""
+        with self._lock:
+            self._started = True
+            return not self.cancelled
+
+    def cancel(self) -> None:
+        """Ask the worker to stop. From any thread, any number of times, never blocks for long."""
+        with self._lock:
+            self.cancelled, first = True, not self.cancelled
+            if first and not self._started:
+                # No worker will say it: the requests never left the queue.
+                for index, request in enumerate(self.requests):
+                    self.put(Chunk(index, "", "cancelled", usage=Usage(len(request.prompt_ids), 0)))
+                self.put(None)
+
+    def put(self, item: Chunk | BaseException | None) -> None:
+        """Hand over a chunk, the exception that ended the work, or None: nothing more comes."""
+        self._items.put(item)
+        wake = self._wake
+        if wake is not None:
+            try:
+                wake()
+            except RuntimeError:  # the reader's event loop is closed, so the reader is gone
+                self.cancelled = True
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream with `error` now, whatever the worker is doing, and have it stop."""
+        self.put(error)
+        self.put(None)
+        self.cancelled = True
+
+    def unread(self) -> int:
+        """How many items the reader has not taken yet."""
+        return self._items.qsize()
+
+
+class TokenStream:
+    """The caller's end: an iterator and an async iterator of `Chunk`, in the order of production.
+
+    Every row ends with the chunk that carries its verdict. An exception in the engine is raised
+    here, itself, with its traceback. `close` (or leaving `with`, or dropping the object) cancels
+    what is still being generated and never waits; `cancel` does the same from another thread and
+    lets the reader see the verdict `cancelled`. With a timeout, GenerationTimeoutError is raised
+    when it runs out, and the work is cancelled.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._items = channel._items
+        self._open = True
+        # Waking the loop from the worker must not keep this object alive, hence a weak finalizer
+        # on the channel and never a reference from the channel to here.
+        self._finalizer = weakref.finalize(self, channel.cancel)
+        self._finalizer.atexit = False
+        self._arrived: asyncio.Event | None = None
+        limits = [r.params.timeout for r in channel.requests if r.params.timeout is not None]
+        self._timeout = min(limits, default=None)
+        self._deadline = None if self._timeout is None else time.monotonic() + self._timeout
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        if not self._open:
+            raise StopIteration
+        try:
+            item = self._items.get(timeout=self._remaining())
+        except queue.Empty:
+            raise self._timed_out() from None
+        if (chunk := self._taken(item)) is None:
+            raise StopIteration
+        return chunk
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if not self._open:
+            raise StopAsyncIteration
+        while self._items.empty():
+            await self._arrival()
+        if (chunk := self._taken(self._items.get_nowait())) is None:
+            raise StopAsyncIteration
+        return chunk
+
+    def cancel(self) -> None:
+        """Stop generating; the reader still gets what was made, and the verdict `cancelled`."""
+        self._finalizer()
+
+    def close(self) -> None:
+        """Stop generating and read no more. May be called twice."""
+        self._open = False
+        self.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _taken(self, item: Chunk | BaseException | None) -> Chunk | None:
+        if isinstance(item, Chunk):
+            return item
+        self._open = False
+        self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
+        if item is not None:
+            raise item
+        return None
+
+    async def _arrival(self) -> None:
+        """Wait until the worker has put something since we last found the queue empty."""
+        if self._arrived is None:
+            self._arrived = asyncio.Event()
+            loop = asyncio.get_running_loop()
+            notify = self._arrived.set
+            self._channel._wake = lambda: loop.call_soon_threadsafe(notify)
+        self._arrived.clear()
+        if not self._items.empty():  # it came between the look and `clear`
+            return
+        try:
+            async with asyncio.timeout(self._remaining()):
+                await self._arrived.wait()
+        except TimeoutError:
+            raise self._timed_out() from None
+
+    def _remaining(self) -> float | None:
+        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def _timed_out(self) -> GenerationTimeoutError:
+        self.close()
+        return GenerationTimeoutError(
+            f"the answer was not complete after timeout={self._timeout} s: raise the timeout, or "
+            "ask for less with max_new_tokens"
+        )
