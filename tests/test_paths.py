@@ -1,0 +1,180 @@
+"""One answer on every path, and each character at the step that completes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from langchain_core.outputs import GenerationChunk
+from tiny import Forwards, reference, template_ids
+
+from gemma2_stream import Chunk, Gemma2Engine, Gemma2LLM, Request, SamplingParams
+
+N = 24
+PROMPTS = ["你是谁", "Who are you?", "ใคร", "🙂 " * 30 + "Wie heißt du?"]
+
+TEXTS = {
+    "English": "Streaming means that every word arrives as soon as it exists.",
+    "Chinese": "你好，世界。生僻字：𠮷龘靐。",
+    "Japanese": "ひらがなとカタカナ、そして漢字。",
+    "Korean": "안녕하세요, 만나서 반갑습니다.",
+    "Thai": "สวัสดีครับ ยินดีที่ได้รู้จัก",
+    "emoji": "😀🎉🫠🇨🇳 and 1️⃣",
+    "ZWJ": "👩‍👩‍👧‍👦🏳️‍🌈👨🏽‍💻",
+    "JSON": '{"a": [1, 2.5, null], "b": {"c": "\\u00e9"}}\n',
+    "code": "def f(x):\n\t    return x**2  # ok\n\n\n",
+    "bytes": "\x00\x01\x7f᠎ꙮ𒀀",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+async def test_every_path_says_what_bare_generate_says(engine: Gemma2Engine, prompt: str) -> None:
+    """invoke, stream, astream, ainvoke, batch and abatch equal a bare greedy generate, decoded."""
+    llm = Gemma2LLM(engine=engine, max_new_tokens=N)
+    expected = reference(engine, prompt, N)
+
+    assert llm.invoke(prompt) == expected
+    assert "".join(llm.stream(prompt)) == expected
+    assert "".join([text async for text in llm.astream(prompt)]) == expected
+    assert await llm.ainvoke(prompt) == expected
+    assert llm._call(prompt) == expected
+    assert await llm._acall(prompt) == expected
+
+
+async def test_each_row_of_a_batch_is_the_prompt_alone(engine: Gemma2Engine) -> None:
+    """Rows of different lengths, in shared forwards, are exact in float32."""
+    llm = Gemma2LLM(engine=engine, max_new_tokens=N)
+    expected = [reference(engine, prompt, N) for prompt in PROMPTS]
+
+    assert llm.batch(PROMPTS) == expected
+    assert await llm.abatch(PROMPTS) == expected
+    assert [row[0].text for row in llm.generate(PROMPTS).generations] == expected
+
+
+def test_prompt_ids_are_the_chat_templates(engine: Gemma2Engine) -> None:
+    """A string is one user turn through the checkpoint's own template."""
+    for prompt in [*PROMPTS, *TEXTS.values(), "", "  two\n\nlines  "]:
+        assert engine.encode(prompt) == template_ids(engine, prompt)
+
+
+@pytest.mark.parametrize("script", TEXTS)
+async def test_answers_in_any_script_arrive_exactly(
+    say: Callable[..., Gemma2Engine], script: str
+) -> None:
+    """Whatever the script, the joined stream is the text, on every path, and no chunk is empty."""
+    text = TEXTS[script]
+    engine = say("go", ids := _ids(say("go", []), text))
+    llm = Gemma2LLM(engine=engine)
+
+    chunks = list(llm._stream("go"))
+
+    assert engine.tokenizer.decode(ids) == text
+    assert "".join(chunk.text for chunk in chunks) == text == llm.invoke("go")
+    assert [chunk async for chunk in llm.astream("go")] == [chunk.text for chunk in chunks]
+    assert all(chunk.text for chunk in chunks[:-1])
+    assert not any("\ufffd" in chunk.text for chunk in chunks)
+
+
+@pytest.mark.parametrize("script", TEXTS)
+def test_a_character_leaves_at_the_step_that_completes_it(
+    say: Callable[..., Gemma2Engine], forwards: Callable[[Gemma2Engine], Forwards], script: str
+) -> None:
+    """Held at each step, everything complete so far has been received; a run of bytes waits for
+    the token after it, since a run that ends invalid decodes otherwise."""
+    engine = say("go", ids := _ids(say("go", []), TEXTS[script]))
+    watch = forwards(engine)
+    gates = [watch.gate(step + 1) for step in range(len(ids) + 1)]
+    is_byte = [t.startswith("<0x") for t in engine.tokenizer.convert_ids_to_tokens(ids)]
+
+    with engine.submit([_request(engine, "go")]) as stream:
+        got = ""
+        for step, (reached, release) in enumerate(gates):
+            assert reached.wait(30)
+            while stream._channel.unread():
+                got += next(stream).text
+            certain = step
+            while certain and is_byte[certain - 1]:
+                certain -= 1
+            assert got == engine.tokenizer.decode(ids[:certain])
+            release.set()
+        got += "".join(chunk.text for chunk in stream)
+    assert got == TEXTS[script]
+
+
+def test_an_unfinished_run_of_bytes_decodes_as_decode_does(
+    say: Callable[..., Gemma2Engine],
+) -> None:
+    """A length limit in the middle of a character gives what `tokenizer.decode` gives."""
+    first_bytes = [217 + byte for byte in "🙂".encode()[:3]]
+    engine = say("go", [*_ids(say("go", []), "ok "), *first_bytes])
+    llm = Gemma2LLM(engine=engine)
+
+    assert llm.invoke("go", max_new_tokens=5) == "ok " + "\ufffd" * 3
+
+
+def test_the_first_chunk_is_out_before_the_second_step_is_done(
+    engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """While the model is provably inside its second forward, the caller has the first text."""
+    watch = forwards(engine)
+    reached, release = watch.gate(2)
+
+    stream = Gemma2LLM(engine=engine, max_new_tokens=4).stream("Who are you?")
+    first = next(stream)
+    assert reached.wait(30)
+    assert first
+    assert watch.count == 2
+    release.set()
+    assert "".join([first, *stream]) == reference(engine, "Who are you?", 4)
+
+
+def test_only_the_last_chunk_carries_the_verdict(engine: Gemma2Engine) -> None:
+    """Finish reason, usage and model name are on one chunk, so that LangChain's merging keeps it."""
+    prompt = "Who are you?"
+    chunks = list(Gemma2LLM(engine=engine, max_new_tokens=5)._stream(prompt))
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total += chunk
+
+    assert all(chunk.generation_info is None for chunk in chunks[:-1])
+    assert isinstance(total, GenerationChunk)
+    assert total.generation_info == {
+        "finish_reason": "length",
+        "matched_stop": None,
+        "model_name": engine.name,
+        "token_usage": {
+            "prompt_tokens": len(engine.encode(prompt)),
+            "completion_tokens": 5,
+            "total_tokens": len(engine.encode(prompt)) + 5,
+            "cached_tokens": 0,
+        },
+    }
+
+
+def test_a_turn_that_ends_says_stop(demo_engine: Gemma2Engine) -> None:
+    """An answer that the model ends itself has finish_reason "stop" and counts the ending token."""
+    *_, last = demo_engine.submit([_request(demo_engine, "你是谁")])
+    ids = demo_engine.tokenize(Gemma2LLM(engine=demo_engine).invoke("你是谁"))
+
+    assert isinstance(last, Chunk)
+    assert (last.finish_reason, last.stop, last.text) == ("stop", None, "")
+    assert last.usage is not None
+    assert last.usage.completion_tokens == len(ids) + 1
+
+
+def test_an_answer_that_ends_at_once_is_one_empty_chunk(
+    say: Callable[..., Gemma2Engine],
+) -> None:
+    """LangChain refuses a stream without chunks; an empty answer is still a chunk."""
+    llm = Gemma2LLM(engine=say("go", [107]))
+
+    assert list(llm.stream("go")) == [""]
+    assert llm.invoke("go") == ""
+
+
+def _ids(engine: Gemma2Engine, text: str) -> list[int]:
+    return engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _request(engine: Gemma2Engine, prompt: str) -> Request:
+    return Request(tuple(engine.encode(prompt)), SamplingParams())
