@@ -19,7 +19,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Self
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from .detokenizer import detokenizer_for
 from .errors import EngineClosedError, ParameterError, PromptTooLongError
@@ -52,6 +57,8 @@ class Gemma2Engine:
     `model` is any causal LM in eval mode, `tokenizer` its fast tokenizer; both stay usable as
     `engine.model` and `engine.tokenizer`. `name` tells these weights from others in traces and
     cache keys; by default it is the checkpoint's path, or made up when there is none.
+    `defaults` is what the checkpoint's generation config says, and `context_length` its positions,
+    prompt and answer together (8,192 for Gemma 2).
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
@@ -66,6 +73,8 @@ class Gemma2Engine:
         self._encoder = PromptEncoder(tokenizer)
         self._detokenizer = detokenizer_for(tokenizer)
         self._config = _greedy(model, tokenizer)
+        self.defaults = _defaults(model.generation_config)
+        self.context_length: int = model.config.get_text_config().max_position_embeddings
         self._jobs: _Jobs = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -88,27 +97,8 @@ class Gemma2Engine:
         return device
 
     @property
-    def context_length(self) -> int:
-        """The model's positions, prompt and answer together: 8,192 for Gemma 2."""
-        length: int = self.model.config.get_text_config().max_position_embeddings
-        return length
-
-    @property
     def closed(self) -> bool:
         return self._closed
-
-    @property
-    def defaults(self) -> SamplingParams:
-        """What the checkpoint's generation config says; what it leaves out is off, and greedy."""
-        config = self.model.generation_config
-        return SamplingParams(
-            max_new_tokens=config.max_new_tokens,
-            temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
-            top_p=config.top_p or 1.0,
-            top_k=config.top_k or 0,
-            min_p=config.min_p or 0.0,
-            repetition_penalty=config.repetition_penalty or 1.0,
-        )
 
     def encode(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> list[int]:
         """Prompt ids: a string is one user turn, or with `raw` the whole prompt.
@@ -244,12 +234,17 @@ class Gemma2Engine:
         logits = RowLogits(
             requests, input_ids.shape[1], check_finite=self.model.dtype == torch.float16
         )
-        with self._interruptible_prefill(channel) as prefilled:
+        # Ours, so that it can be emptied even where a kept exception still refers to it.
+        cache = DynamicCache(config=self.model.config)
+        with contextlib.ExitStack() as stack:
+            stack.callback(cache.layers.clear)
+            prefilled = stack.enter_context(self._interruptible_prefill(channel))
             streamer = TokenStreamer(self.tokenizer, rows, channel, prefilled)
             try:
                 self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
+                    past_key_values=cache,
                     generation_config=config,
                     logits_processor=LogitsProcessorList([logits] if logits.needed else []),
                     stopping_criteria=StoppingCriteriaList([streamer]),
@@ -328,6 +323,18 @@ def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
     config.eos_token_id = _end_ids(model, tokenizer)
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return config
+
+
+def _defaults(config: GenerationConfig) -> SamplingParams:
+    """What the checkpoint's generation config says; what it leaves out is off, and greedy."""
+    return SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
+        top_p=config.top_p or 1.0,
+        top_k=config.top_k or 0,
+        min_p=config.min_p or 0.0,
+        repetition_penalty=config.repetition_penalty or 1.0,
+    )
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

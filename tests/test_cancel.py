@@ -17,8 +17,7 @@ import pytest
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-from tiny import Forwards, reference
-from transformers import DynamicCache
+from tiny import Forwards, live_caches, reference
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
 
@@ -44,8 +43,7 @@ def watch(
     watching = forwards(random_engine)
     yield watching
     random_engine.join()
-    gc.collect()
-    assert not [thing for thing in gc.get_objects() if type(thing) is DynamicCache]
+    assert not live_caches()
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=8)
     assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 8)
 
@@ -114,9 +112,7 @@ def test_a_sync_consumer_that_leaves_stops_the_model(
     reason="langchain-core reads the rest of a parser's input, for tracing, when a sync chain is "
     "closed (Runnable._transform_stream_with_config swallows GeneratorExit); lifted when it stops"
 )
-def test_a_closed_sync_chain_with_a_parser_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards
-) -> None:
+def test_a_closed_sync_chain_with_a_parser_stops_the_model(llm: Gemma2LLM, watch: Forwards) -> None:
     """Nothing below LangChain can tell its read-ahead from a reader; astream does not have it."""
     chain = PromptTemplate.from_template("{q}") | llm.bind(max_tokens=40) | StrOutputParser()
     stream = chain.stream({"q": PROMPT})
@@ -198,9 +194,7 @@ async def test_an_async_handler_that_raises_stops_the_model(
 
 
 @pytest.mark.parametrize("path", ["astream", "ainvoke", "abatch", "chain.astream", "chain.ainvoke"])
-async def test_a_cancelled_task_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards, path: str
-) -> None:
+async def test_a_cancelled_task_stops_the_model(llm: Gemma2LLM, watch: Forwards, path: str) -> None:
     """Cancelled while the model is inside its sixth forward, it makes no other."""
     reached, release = watch.gate(6)
     chain = PromptTemplate.from_template("{q}") | llm | StrOutputParser()
@@ -244,9 +238,7 @@ async def test_an_async_stream_left_by_break_and_closed_stops_the_model(
     assert watch.count <= 7
 
 
-def test_a_long_prompt_is_dropped_within_one_prefill_chunk(
-    llm: Gemma2LLM, watch: Forwards
-) -> None:
+def test_a_long_prompt_is_dropped_within_one_prefill_chunk(llm: Gemma2LLM, watch: Forwards) -> None:
     """A prefill of 3,000 tokens ends in the chunk in which the caller left, between two layers."""
     reached, release = watch.gate(2)
     layers_run: list[int] = []

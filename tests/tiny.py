@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from gemma2_stream import Gemma2Engine
 
@@ -90,6 +91,12 @@ class Forwards:
         for _, release in self._gates.values():
             release.set()
         self._handle.remove()
+
+
+def live_caches() -> list[DynamicCache]:
+    """KV caches that still hold states, anywhere in the process."""
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is DynamicCache and thing.layers]
 
 
 def greedy(engine: Gemma2Engine, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
