@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from no_network import no_network  # noqa: F401  # a fixture, found by being imported
-from tiny import Forwards, ScriptedGemma2, random_gemma
+from tiny import DEMO, Forwards, ScriptedGemma2, random_gemma
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-import gemma2_stream
 from gemma2_stream import Gemma2Engine
-
-DEMO = Path(gemma2_stream.__file__).parent / "demo"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""An exception inside `generate` reaches the caller unchanged, on every path, and hurts nobody else."""
+"""An exception inside `generate` reaches the caller unchanged, and hurts nobody else."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_batch_that_fails_returns_its_exceptions(
 def test_retry_and_fallbacks_see_the_real_exception(
     random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
-    """`with_retry` and `with_fallbacks` select by exception type, so the type must be the real one."""
+    """`with_retry` and `with_fallbacks` select by type, so the type must be the real one."""
     watch = forwards(random_engine)
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=5)
     expected = reference(random_engine, PROMPT, 5)

@@ -129,7 +129,7 @@ def test_the_first_chunk_is_out_before_the_second_step_is_done(
 
 
 def test_only_the_last_chunk_carries_the_verdict(engine: Gemma2Engine) -> None:
-    """Finish reason, usage and model name are on one chunk, so that LangChain's merging keeps it."""
+    """Reason, usage and model name are on one chunk, so that LangChain's merging keeps them."""
     prompt = "Who are you?"
     chunks = list(Gemma2LLM(engine=engine, max_new_tokens=5)._stream(prompt))
     total = chunks[0]

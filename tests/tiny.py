@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
+import gemma2_stream
 from gemma2_stream import Gemma2Engine
+
+DEMO = Path(gemma2_stream.__file__).parent / "demo"
 
 TINY = {
     "hidden_size": 64,
