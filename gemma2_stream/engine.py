@@ -12,6 +12,7 @@ import copy
 import os
 import queue
 import threading
+import time
 import traceback
 import uuid
 import weakref
@@ -37,6 +38,9 @@ from .types import Request, SamplingParams, Turn
 # Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
 # with eager attention, prefill is faster too; a cancel is seen between layers within it.
 PREFILL_CHUNK = 512
+
+# A reader this many chunks behind has stopped reading: the model waits, unless others wait for it.
+MAX_UNREAD = 256
 
 # Rows in one forward; a longer group runs in several.
 MAX_ROWS = 32
@@ -239,7 +243,7 @@ class Gemma2Engine:
         with contextlib.ExitStack() as stack:
             stack.callback(cache.layers.clear)
             prefilled = stack.enter_context(self._interruptible_prefill(channel))
-            streamer = TokenStreamer(self.tokenizer, rows, channel, prefilled)
+            streamer = TokenStreamer(self.tokenizer, rows, channel, prefilled, self._await_reader)
             try:
                 self.model.generate(
                     input_ids=input_ids,
@@ -252,6 +256,11 @@ class Gemma2Engine:
                 )
             except _Cancelled:
                 streamer.end()
+
+    def _await_reader(self, channel: Channel) -> None:
+        """Do not compute for a reader that has stopped reading, as long as nobody else is kept."""
+        while channel.unread() >= MAX_UNREAD and not channel.cancelled and self._jobs.empty():
+            time.sleep(0.02)
 
     def _padded(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt ids and mask, both (rows, longest prompt), padded on the left."""

@@ -23,6 +23,9 @@ from typing import Self
 from .errors import GenerationTimeoutError
 from .types import Chunk, Request, Usage
 
+# Exceptions that iteration and asyncio would take for an end or a cancellation of their own.
+_FLOW = (StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledError)
+
 
 class Channel:
     """The worker's end: where chunks go, and the flag that says nobody wants more.
@@ -151,6 +154,8 @@ class TokenStream:
             return item
         self._open = False
         self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
+        if isinstance(item, _FLOW):
+            raise RuntimeError(f"the model raised {type(item).__name__}") from item
         if item is not None:
             raise item
         return None

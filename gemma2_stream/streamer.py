@@ -77,6 +77,7 @@ class TokenStreamer(TextIteratorStreamer, StoppingCriteria):
 
     The stock streamer holds text back to the last space, takes one row, and decodes the line anew
     for each token; here the text of a token goes to its row's channel at the token's own step.
+    `prefilled` is called when the first token is there, `step_done` with the channel at each step.
     """
 
     def __init__(
@@ -84,19 +85,21 @@ class TokenStreamer(TextIteratorStreamer, StoppingCriteria):
         tokenizer: Any,
         rows: Sequence[Row],
         channel: Channel,
-        started: Callable[[], object] = lambda: None,
+        prefilled: Callable[[], object],
+        step_done: Callable[[Channel], object],
     ) -> None:
         super().__init__(tokenizer, skip_prompt=True)
         self._rows = rows
         self._channel = channel
-        self._started = started
+        self._prefilled = prefilled
+        self._step_done = step_done
         self._seen = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Take the new columns of `input_ids` (rows, tokens); True for each row that is done."""
         if self.next_tokens_are_prompt:
             self.next_tokens_are_prompt = False
-            self._started()
+            self._prefilled()
         columns = input_ids[:, self._seen :].tolist()
         self._seen = input_ids.shape[1]
         for row, ids in zip(self._rows, columns, strict=True):
@@ -105,6 +108,7 @@ class TokenStreamer(TextIteratorStreamer, StoppingCriteria):
                     self.end()
                 if not row.done:
                     row.feed(token_id)
+        self._step_done(self._channel)
         return torch.tensor([row.done for row in self._rows], device=input_ids.device)
 
     def put(self, value: torch.Tensor) -> None:

@@ -20,6 +20,7 @@ from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, live_caches, reference
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
+from gemma2_stream.engine import MAX_UNREAD
 
 PROMPT = "How do I stream?"
 LONG = 400
@@ -365,3 +366,27 @@ def _tensor(llm: Gemma2LLM) -> Any:
     import torch
 
     return torch.tensor([llm.engine.encode(PROMPT)])
+
+
+def test_a_reader_that_stops_reading_stops_the_model_until_it_goes_on(
+    random_engine: Gemma2Engine, watch: Forwards
+) -> None:
+    """Nothing is lost: the model waits at 256 unread chunks, and goes on when they are read."""
+    stream = random_engine.submit([_request(Gemma2LLM(engine=random_engine), 300)])
+    ahead, release = watch.gate(MAX_UNREAD + 30)
+    release.set()
+    assert not ahead.wait(5)
+    chunks = list(stream)
+    assert ahead.is_set()
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 300
+
+
+def test_a_reader_that_stops_reading_holds_up_nobody_else(
+    random_engine: Gemma2Engine, watch: Forwards
+) -> None:
+    """As soon as another request waits, the one that nobody reads is finished for it."""
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
+    unread = random_engine.submit([_request(llm, 300)])
+    assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 3)
+    assert sum(1 for _ in unread) > MAX_UNREAD
