@@ -16,14 +16,14 @@ import os
 import re
 from pathlib import Path
 
-from gemma2_stream import snapshot
-from gemma2_stream.errors import (
+from . import snapshot
+from .errors import (
     DownloadError,
     Gemma2StreamError,
     ModelNotFoundError,
     ParameterError,
 )
-from gemma2_stream.hub_clients import HUBS, Hub
+from .hub_clients import HUBS, Hub
 
 MODELSCOPE_OWNERS = frozenset({"LLM-Research", "AI-ModelScope"})
 _KNOWN = tuple(f"gemma-2-{size}{kind}" for size in ("2b", "9b", "27b") for kind in ("-it", ""))

@@ -14,14 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from gemma2_stream import snapshot
-from gemma2_stream.errors import (
+from . import snapshot
+from .errors import (
     DownloadError,
     Gemma2StreamError,
     ModelAccessError,
     ModelNotFoundError,
 )
-from gemma2_stream.snapshot import File
+from .snapshot import File
 
 if TYPE_CHECKING:
     from modelscope_hub import HubConfig

@@ -49,7 +49,8 @@ def _among(name: str, value: str | None, known: tuple[str, ...]) -> None:
         raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
 
-_engines: dict[tuple[object, ...], Gemma2Engine] = {}
+_by_spec: dict[LoadSpec, Gemma2Engine] = {}
+_by_weights: dict[tuple[object, ...], Gemma2Engine] = {}
 _lock = threading.Lock()
 
 
@@ -59,16 +60,20 @@ def shared_engine(spec: LoadSpec) -> Gemma2Engine:
     Two specs that come to the same folder, dtype, device and attention share one. A closed engine
     is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
     """
+    known = _by_spec.get(spec)  # every request comes this way, so it asks no disk
+    if known is not None and not known.closed:
+        return known
     folder = hub.resolve(
         spec.model, revision=spec.revision, source=spec.source, cache_dir=spec.cache_dir
     ).resolve()
     # One load at a time: two would fight for the disk and the memory.
     with _lock:
         dtype, device_map = pick_dtype(spec.dtype), spec.device_map or pick_device_map()
-        key = (folder, dtype, device_map, spec.attn_implementation)
-        engine = _engines.get(key)
+        weights = (folder, dtype, device_map, spec.attn_implementation)
+        engine = _by_weights.get(weights)
         if engine is None or engine.closed:
-            engine = _engines[key] = _load(folder, dtype, device_map, spec.attn_implementation)
+            engine = _by_weights[weights] = _load(*weights)
+        _by_spec[spec] = engine
     return engine
 
 

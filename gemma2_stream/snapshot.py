@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma2_stream.errors import CheckpointError, ChecksumError
+from .errors import CheckpointError, ChecksumError
 
 MARKER = ".gemma2_stream.json"
 # Only names of the top level, so neither `original/` nor `../../evil` can match.
