@@ -1,0 +1,3 @@
+from gemma2_stream.cli import main
+
+raise SystemExit(main())
