@@ -14,6 +14,7 @@ skip_special_tokens=True)`, at a cost a token that does not grow with the text.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ _GEMMA_DECODER = [
     {"type": "ByteFallback"},
     {"type": "Fuse"},
 ]
+_BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Detokenizer(Protocol):
@@ -36,14 +38,15 @@ def detokenizer_for(tokenizer: Any) -> Callable[[], Detokenizer]:
     """What makes a fresh detokenizer for each request to `tokenizer` (a fast transformers one)."""
     decoder = tokenizer.backend_tokenizer.decoder
     steps = json.loads(decoder.__getstate__()).get("decoders") if decoder is not None else None
-    if steps == _GEMMA_DECODER and not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+    if steps == _GEMMA_DECODER:
         pieces = _Pieces(tokenizer)
         return lambda: PieceDetokenizer(pieces)
     return lambda: WholeDetokenizer(tokenizer)
 
 
-class _Pieces(dict[int, "str | bytes"]):
-    """id → its text, or its one byte; filled as ids turn up, shared by all requests."""
+class _Pieces(dict[int, "str | bytes | None"]):
+    """id → its text, its one byte, or None for what `decode` skips;
+    filled as ids turn up, shared by all requests."""
 
     def __init__(self, tokenizer: Any) -> None:
         super().__init__()
@@ -51,13 +54,14 @@ class _Pieces(dict[int, "str | bytes"]):
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         # A special token has no text; nor has an id beyond the vocabulary, which a padded
         # embedding can produce.
-        self.update({token_id: "" for token_id, token in added.items() if token.special})
+        self.update({token_id: None for token_id, token in added.items() if token.special})
 
-    def __missing__(self, token_id: int) -> str | bytes:
-        spelling = self._spelling(token_id) or ""
-        piece: str | bytes = spelling.replace("▁", " ")
-        if len(spelling) == 6 and spelling.startswith("<0x") and spelling.endswith(">"):
-            piece = bytes.fromhex(spelling[3:5])
+    def __missing__(self, token_id: int) -> str | bytes | None:
+        spelling: str | None = self._spelling(token_id)
+        piece: str | bytes | None = None
+        if spelling is not None:
+            byte = _BYTE.fullmatch(spelling)
+            piece = bytes.fromhex(byte[1]) if byte else spelling.replace("▁", " ")
         self[token_id] = piece
         return piece
 
@@ -74,8 +78,9 @@ class PieceDetokenizer:
         if isinstance(piece, bytes):
             self._run += piece
             return ""
-        # A skipped special token does not end a run: `decode` drops it before it decodes.
-        return self.flush() + piece if self._run and piece else piece
+        if piece is None:  # does not end a run: `decode` drops it before it decodes
+            return ""
+        return self.flush() + piece if self._run else piece
 
     def flush(self) -> str:
         run, self._run = self._run, b""
@@ -95,18 +100,31 @@ class WholeDetokenizer:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._given = ""
+        self._bytes = False
 
     def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        # Cleaning up would take back what was given: it joins words once the next is there.
+        text: str = self._tokenizer.decode(
+            self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
 
     def feed(self, token_id: int) -> str:
         self._ids.append(token_id)
+        if self._in_bytes(token_id):
+            return ""
         # A trailing U+FFFD is a character whose bytes are not all here yet.
         return self._give(self._decode().rstrip("\ufffd"))
 
     def flush(self) -> str:
         return self._give(self._decode())
+
+    def _in_bytes(self, token_id: int) -> bool:
+        """Whether a run of byte tokens, which decodes as a whole, may still go on."""
+        spelling = self._tokenizer.backend_tokenizer.id_to_token(token_id)
+        if spelling is not None and token_id not in self._tokenizer.all_special_ids:
+            self._bytes = _BYTE.fullmatch(spelling) is not None
+        return self._bytes
 
     def _give(self, text: str) -> str:
         if not text.startswith(self._given):

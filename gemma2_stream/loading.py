@@ -6,6 +6,7 @@ Knows transformers and torch, inside functions: importing this module loads neit
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 PRESETS = ("exact",)
+_PLACES = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}  # accelerate's own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +51,7 @@ def _among(name: str, value: str | None, known: tuple[str, ...]) -> None:
         raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
 
-_by_spec: dict[LoadSpec, Gemma2Engine] = {}
+_by_spec: dict[tuple[LoadSpec, str], Gemma2Engine] = {}
 _by_weights: dict[tuple[object, ...], Gemma2Engine] = {}
 _lock = threading.Lock()
 
@@ -60,7 +62,9 @@ def shared_engine(spec: LoadSpec) -> Gemma2Engine:
     Two specs that come to the same folder, dtype, device and attention share one. A closed engine
     is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
     """
-    known = _by_spec.get(spec)  # every request comes this way, so it asks no disk
+    # A relative folder is another one in another directory.
+    asked = (spec, os.getcwd())
+    known = _by_spec.get(asked)  # every request comes this way, so it asks no disk
     if known is not None and not known.closed:
         return known
     folder = hub.resolve(
@@ -73,7 +77,9 @@ def shared_engine(spec: LoadSpec) -> Gemma2Engine:
         engine = _by_weights.get(weights)
         if engine is None or engine.closed:
             engine = _by_weights[weights] = _load(*weights)
-        _by_spec[spec] = engine
+            # Also under the attention that it was left to choose.
+            _by_weights[(*weights[:3], engine.model.config._attn_implementation)] = engine
+        _by_spec[asked] = engine
     return engine
 
 
@@ -104,27 +110,75 @@ def pick_dtype(dtype: str | None) -> str:
 
 def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> Gemma2Engine:
     import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .engine import Gemma2Engine
 
+    places = _parsed(device_map)
+    unread = (SafetensorError, StrictDataclassError)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
+        if attention is not None:
+            _check_attention(folder, attention)
+        # trust_remote_code=None, the default, would ask on stdin.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            trust_remote_code=False,
+            output_loading_info=True,
             dtype=getattr(torch, dtype),
-            device_map=_parsed(device_map),
+            device_map=places,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (ParameterError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, *unread) as error:
         raise CheckpointError(
             f"{str(folder)!r} does not load as a causal language model: {error}"
         ) from error
+    model, report = loaded
+    if absent := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{str(folder)!r} lacks {len(absent)} weights that transformers would make up, such "
+            f"as {absent[0]!r}: copy the whole checkpoint there"
+        )
     return Gemma2Engine(model, tokenizer, name=str(folder))
 
 
 def _parsed(device_map: str) -> Any:
-    """accelerate's own names and devices as they are; a JSON object as the map it writes down."""
-    return json.loads(device_map) if device_map.startswith("{") else device_map
+    """accelerate's own names and devices as they are; a JSON object as the map it writes down.
+
+    Raises ParameterError for a device that is not here.
+    """
+    import torch
+
+    try:
+        parsed = json.loads(device_map) if device_map.startswith("{") else device_map
+        for place in {*(parsed.values() if isinstance(parsed, dict) else [parsed])} - _PLACES:
+            torch.empty(0, device=place)
+    except (ValueError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+        raise ParameterError(
+            f"device_map={device_map!r} names no device that is here: {error}"
+        ) from error
+    return parsed
+
+
+def _check_attention(folder: Path, attention: str) -> None:
+    """Raises ParameterError for an attention that this model has not; reads no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM.from_config  # untyped in transformers
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            make(config, attn_implementation=attention)
+    except (ValueError, ImportError) as error:
+        raise ParameterError(
+            f"attn_implementation={attention!r} is not to be had here: {error}"
+        ) from error

@@ -15,7 +15,8 @@ from .errors import PromptError
 from .types import Turn
 
 # What a spelling is cut with: the first private-use character that no text of the prompt contains.
-_MARKS = range(0xF0000, 0xFFFFE)
+# (There are more of them than any context has tokens.)
+_MARKS = [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)]
 
 
 class PromptEncoder:
@@ -23,8 +24,8 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._encode = tokenizer.backend_tokenizer.encode
         added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        self._encode = _unshared(tokenizer.backend_tokenizer, added).encode
         self.control_ids = {token.content: i for i, token in added.items() if token.special}
         spellings = sorted(self.control_ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
@@ -41,8 +42,8 @@ class PromptEncoder:
                 "prompts as they are, or use an instruction-tuned checkpoint, such as one that "
                 "ends in -it"
             )
-        mark = self._unused_mark([turn["content"] for turn in turns])
-        marked = [{**turn, "content": self._mark(turn["content"], mark)} for turn in turns]
+        mark = self._unused_mark([text for turn in turns for text in turn.values()])
+        marked = [{k: self._mark(text, mark) for k, text in turn.items()} for turn in turns]
         return self._ids(self._render(marked), mark)
 
     def raw(self, text: str) -> list[int]:
@@ -82,7 +83,8 @@ class PromptEncoder:
 
     @staticmethod
     def _unused_mark(texts: Sequence[str]) -> str:
-        return next(m for m in map(chr, _MARKS) if not any(m in text for text in texts))
+        used = set().union(*texts)
+        return next(mark for mark in map(chr, _MARKS) if mark not in used)
 
     def _mark(self, text: str, mark: str) -> str:
         """`text` with every spelling of a control token cut after its first character."""
@@ -113,6 +115,22 @@ class PromptEncoder:
                     "as by text.encode('utf-8', 'replace').decode()"
                 ) from error
         return ids
+
+
+def _unshared(backend: Any, added: dict[int, Any]) -> Any:
+    """A tokenizer with the vocabulary and the rules of `backend`, and a state of its own.
+
+    transformers leaves the truncation and padding of its last call, or of the file, in `backend`.
+    """
+    from tokenizers import Tokenizer
+
+    own = Tokenizer(backend.model)  # shared, not copied
+    if backend.normalizer is not None:
+        own.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        own.pre_tokenizer = backend.pre_tokenizer
+    own.add_tokens([token for _, token in sorted(added.items())])
+    return own
 
 
 def _surrogate(text: str) -> str:

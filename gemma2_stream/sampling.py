@@ -28,9 +28,10 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams) -> None:
-        self._temperature = params.temperature or 0.0
+        # What float32 can divide by: 0 and infinity make NaN, and NaN the last token.
+        self._temperature = min(max(params.temperature or 0.0, 1e-30), 1e30)
         self._top_k = params.top_k or 0
-        self._top_p = params.top_p if params.top_p is not None else 1.0
+        self._top_p = max(params.top_p, 1e-30) if params.top_p is not None else 1.0
         self._min_p = params.min_p or 0.0
         self._random = random.Random(params.seed)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
@@ -41,27 +42,27 @@ def _check(name: str, value: Any, kind: type, low: float, high: float, meaning: 
     kinds = (int, float) if kind is float else (int,)
     # bool is an int to Python, never to a person who sets top_k.
     right = isinstance(value, kinds) and not isinstance(value, bool)
-    if not right or not math.isfinite(value) or not low <= value <= high:
+    if not right or not low <= value <= high:
         raise ParameterError(f"{name}={value!r} is not {meaning}")
 
 
-_TINY = math.ulp(0.0)
+_TINY, _MOST = math.ulp(0.0), sys.float_info.max  # infinity is beyond
 _RULES: dict[str, tuple[type, float, float, str]] = {
     "max_new_tokens": (int, 1, math.inf, "a whole number of tokens, 1 or more"),
-    "temperature": (float, 0, math.inf, "a number from 0 (greedy) up; try 0.7"),
+    "temperature": (float, 0, _MOST, "a number from 0 (greedy) up; try 0.7"),
     "top_p": (float, _TINY, 1, "a probability above 0 and at most 1 (1 is off)"),
     "top_k": (int, 0, math.inf, "a whole number from 0 (off) up"),
     "min_p": (float, 0, 1, "a probability from 0 (off) to 1"),
-    "repetition_penalty": (float, _TINY, math.inf, "a number above 0 (1 is off); try 1.1"),
+    "repetition_penalty": (float, _TINY, _MOST, "a number above 0 (1 is off); try 1.1"),
     "seed": (int, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),
-    "timeout": (float, _TINY, math.inf, "a number of seconds above 0"),
+    "timeout": (float, _TINY, _MOST, "a number of seconds above 0"),
 }
 
 
 def _stops(stop: object) -> tuple[str, ...]:
     """`stop` as a tuple without repeats; a single string is a list of one."""
     given = [stop] if isinstance(stop, str) else stop
-    if not isinstance(given, Sequence) or not all(isinstance(s, str) and s for s in given):
+    if not isinstance(given, list | tuple) or not all(isinstance(s, str) and s for s in given):
         raise ParameterError(f"stop={stop!r} is not a list of non-empty strings, such as ['\\n']")
     return tuple(dict.fromkeys(given))
 
