@@ -43,7 +43,7 @@ async def give_up(question: str, after: int) -> None:
 
 
 async def main() -> None:
-    # One model serves both, in the order in which they asked; the loop never waits for it.
+    # One model serves both, one after the other; meanwhile the loop is free.
     await asyncio.gather(answer("甲", "你是谁"), answer("B", "What is LangChain"))
     await give_up("What is Gemma 2", after=4)
 

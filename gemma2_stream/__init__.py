@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         PromptTooLongError,
     )
     from .llm import Gemma2_LLM, Gemma2LLM
-    from .stream import TokenStream
+    from .stream import Channel, TokenStream
     from .types import Chunk, Engine, FinishReason, Request, SamplingParams, Usage
 
 __version__ = "0.1.0"
@@ -52,12 +52,13 @@ _ROOMS = {
         "PromptTooLongError",
     ],
     "llm": ["Gemma2LLM", "Gemma2_LLM"],
-    "stream": ["TokenStream"],
+    "stream": ["Channel", "TokenStream"],
     "types": ["Chunk", "Engine", "FinishReason", "Request", "SamplingParams", "Usage"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
+    "Channel",
     "CheckpointError",
     "ChecksumError",
     "Chunk",

@@ -297,8 +297,9 @@ def _facts(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
     from .loading import pick_device_map, pick_dtype
 
     llm = Gemma2LLM(**_given(args, *_LOADING, *_SAMPLING))
-    dtype = pick_dtype(llm.dtype)
-    yield "device", _device(llm.device_map or pick_device_map())
+    device_map = llm.device_map or pick_device_map()
+    dtype = pick_dtype(llm.dtype, device_map)
+    yield "device", _device(device_map)
     yield "dtype", dtype
     yield "model", llm.model
     folder = hub.resolve(local_files_only=True, **_given(args, *_HUB))

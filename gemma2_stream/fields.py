@@ -5,10 +5,12 @@ Knows LangChain's conventions and the engine's `Protocol`; imports no torch.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Sequence
 from typing import Any, Self, TypedDict, Unpack
+from weakref import WeakKeyDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -148,6 +150,21 @@ class Gemma2Fields(BaseModel):
         ids = [engine.encode(prompt, raw=raw) for prompt in prompts]
         return engine.submit([Request(tuple(row), params) for row in ids])
 
+    async def _asubmit(
+        self,
+        prompts: Sequence[str | Sequence[Turn]],
+        raw: bool,
+        stop: Sequence[str] | None,
+        overrides: dict[str, Any],
+    ) -> TokenStream:
+        """`_submit`, with the loop free meanwhile, for callers in the order in which they came.
+
+        The first use may load the weights, and tokenizing a long prompt takes its time. A task that
+        is cancelled here drops the stream, and a dropped stream is a cancelled one.
+        """
+        async with _turnstile(self.custom_engine or LoadSpec(model=self.model, **self._loading)):
+            return await asyncio.to_thread(self._submit, prompts, raw, stop, overrides)
+
     def _info(self, chunk: Chunk) -> dict[str, Any] | None:
         """What a row's last chunk says, as LangChain carries it; None for the others.
 
@@ -166,6 +183,19 @@ class Gemma2Fields(BaseModel):
                 "cached_tokens": chunk.usage.cached_tokens,
             },
         }
+
+
+_turnstiles: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, asyncio.Lock]]
+_turnstiles = WeakKeyDictionary()
+
+
+def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
+    """One lock for each model on each loop; asyncio's locks let through first who came first.
+
+    Threads of an executor do not: without it, a short prompt would overtake a long one.
+    """
+    locks = _turnstiles.setdefault(asyncio.get_running_loop(), {})
+    return locks.setdefault(model if isinstance(model, LoadSpec) else id(model), asyncio.Lock())
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ join it, `_generate` and `_agenerate` gather its rows.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,7 +18,6 @@ from langchain_core.messages import BaseMessage, get_buffer_string
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 
 from .fields import Gemma2Fields, Parameters
-from .stream import TokenStream
 from .types import Chunk
 
 
@@ -95,7 +93,7 @@ class Gemma2LLM(Gemma2Fields, LLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with self._rows([prompt], stop, kwargs) as rows:
+        with self._submit([prompt], self.raw, stop, kwargs) as rows:
             for row in rows:
                 chunk = self._chunk(row)
                 if run_manager is not None:
@@ -109,7 +107,7 @@ class Gemma2LLM(Gemma2Fields, LLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        with await self._arows([prompt], stop, kwargs) as rows:
+        with await self._asubmit([prompt], self.raw, stop, kwargs) as rows:
             async for row in rows:
                 chunk = self._chunk(row)
                 if run_manager is not None:
@@ -146,7 +144,7 @@ class Gemma2LLM(Gemma2Fields, LLM):
     ) -> LLMResult:
         result = _Rows(len(prompts))
         managers = _by_row(row_managers, run_manager)
-        with self._rows(prompts, stop, kwargs) as rows:
+        with self._submit(prompts, self.raw, stop, kwargs) as rows:
             for row in rows:
                 chunk = result.add(row.index, self._chunk(row))
                 if row.index in managers:
@@ -163,7 +161,7 @@ class Gemma2LLM(Gemma2Fields, LLM):
     ) -> LLMResult:
         result = _Rows(len(prompts))
         managers = _by_row(row_managers, run_manager)
-        with await self._arows(prompts, stop, kwargs) as rows:
+        with await self._asubmit(prompts, self.raw, stop, kwargs) as rows:
             async for row in rows:
                 chunk = result.add(row.index, self._chunk(row))
                 if row.index in managers:
@@ -197,20 +195,6 @@ class Gemma2LLM(Gemma2Fields, LLM):
     async def agenerate(self, prompts: list[str], *args: Any, **kwargs: Any) -> LLMResult:
         mine, kwargs = _split(kwargs)
         return await super(Gemma2LLM, self._with(mine)).agenerate(prompts, *args, **kwargs)
-
-    # To the engine and back --------------------------------------------------------------------
-
-    def _rows(
-        self, prompts: Sequence[str], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> TokenStream:
-        return self._submit(prompts, self.raw, stop, kwargs)
-
-    async def _arows(
-        self, prompts: Sequence[str], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> TokenStream:
-        # The first use may load the weights, and tokenizing takes its time: not on the loop. A
-        # task cancelled here drops the stream, and a dropped stream is a cancelled one.
-        return await asyncio.to_thread(self._rows, prompts, stop, kwargs)
 
     def _chunk(self, row: Chunk) -> GenerationChunk:
         return GenerationChunk(text=row.text, generation_info=self._info(row))

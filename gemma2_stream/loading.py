@@ -72,7 +72,8 @@ def shared_engine(spec: LoadSpec) -> Gemma2Engine:
     ).resolve()
     # One load at a time: two would fight for the disk and the memory.
     with _lock:
-        dtype, device_map = pick_dtype(spec.dtype), spec.device_map or pick_device_map()
+        device_map = spec.device_map or pick_device_map()
+        dtype = pick_dtype(spec.dtype, device_map)
         weights = (folder, dtype, device_map, spec.attn_implementation)
         engine = _by_weights.get(weights)
         if engine is None or engine.closed:
@@ -92,15 +93,15 @@ def pick_device_map() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def pick_dtype(dtype: str | None) -> str:
+def pick_dtype(dtype: str | None, device_map: str) -> str:
     """bfloat16 where the device computes in it, else float32; never float16 unasked."""
     if dtype not in (None, "auto"):
         return str(dtype)
     import torch
 
-    if torch.cuda.is_available():
+    if device_map != "cpu" and torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif torch.backends.mps.is_available():
+    elif device_map != "cpu" and torch.backends.mps.is_available():
         native = True
     else:
         able = torch.cpu.get_capabilities()

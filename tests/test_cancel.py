@@ -31,22 +31,20 @@ class Stopped(Exception):
 
 
 @pytest.fixture
-def llm(random_engine: Gemma2Engine) -> Gemma2LLM:
-    """Answers that would go on for 400 tokens."""
-    return Gemma2LLM(engine=random_engine, max_new_tokens=LONG)
+def llm(engine: Gemma2Engine) -> Gemma2LLM:
+    """Answers that go on long after the point at which these tests stop them."""
+    return Gemma2LLM(engine=engine, max_new_tokens=LONG)
 
 
 @pytest.fixture
-def watch(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
-) -> Iterator[Forwards]:
+def watch(engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]) -> Iterator[Forwards]:
     """Afterwards: the worker is idle, no KV cache is alive, and the next answer is right."""
-    watching = forwards(random_engine)
+    watching = forwards(engine)
     yield watching
-    random_engine.join()
+    engine.join()
     assert not live_caches()
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=8)
-    assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 8)
+    llm = Gemma2LLM(engine=engine, max_new_tokens=8)
+    assert llm.invoke(PROMPT) == reference(engine, PROMPT, 8)
 
 
 def _read_two(stream: Iterator[str]) -> None:
@@ -123,7 +121,7 @@ def test_a_closed_sync_chain_with_a_parser_stops_the_model(llm: Gemma2LLM, watch
     _read_two(stream)
     stream.close()
     llm.engine.join()
-    assert watch.count < 40
+    assert watch.count < 20
 
 
 def _handlers(base: type, on_token: Callable[[], None]) -> Any:
@@ -308,7 +306,7 @@ def test_cancel_from_another_thread_keeps_the_partial_answer(
     assert chunks[-1].finish_reason == "cancelled"
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 5  # the sixth was not wanted any more
-    whole = reference(llm.engine, PROMPT, LONG)
+    whole = reference(llm.engine, PROMPT, 8)
     assert whole.startswith("".join(chunk.text for chunk in chunks))
 
 
@@ -369,22 +367,21 @@ def _tensor(llm: Gemma2LLM) -> Any:
 
 
 def test_a_reader_that_stops_reading_stops_the_model_until_it_goes_on(
-    random_engine: Gemma2Engine, watch: Forwards
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """Nothing is lost: the model waits at 256 unread chunks, and goes on when they are read."""
+    watch = forwards(random_engine)
     stream = random_engine.submit([_request(Gemma2LLM(engine=random_engine), 300)])
     ahead, release = watch.gate(MAX_UNREAD + 30)
     release.set()
-    assert not ahead.wait(5)
+    assert not ahead.wait(3)  # proves nothing by passing; fails when the model runs on
     chunks = list(stream)
     assert ahead.is_set()
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 300
 
 
-def test_a_reader_that_stops_reading_holds_up_nobody_else(
-    random_engine: Gemma2Engine, watch: Forwards
-) -> None:
+def test_a_reader_that_stops_reading_holds_up_nobody_else(random_engine: Gemma2Engine) -> None:
     """As soon as another request waits, the one that nobody reads is finished for it."""
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
     unread = random_engine.submit([_request(llm, 300)])

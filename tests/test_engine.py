@@ -119,6 +119,17 @@ def test_threads_and_tasks_are_all_served_in_order_and_without_cross_talk(
     assert sorted(answers) == sorted([*expected.items()] * 2)
 
 
+async def test_tasks_are_served_in_the_order_they_came(
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """A prompt that takes long to tokenize is not overtaken by a short one."""
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=1)
+    watch = forwards(random_engine)
+    words = [400, 1, 200, 2, 3]
+    await asyncio.gather(*[llm.ainvoke("word " * n) for n in words])
+    assert watch.tokens == [len(random_engine.encode("word " * n)) for n in words]
+
+
 def test_requests_are_served_in_the_order_they_came(
     random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:

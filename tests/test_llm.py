@@ -445,7 +445,7 @@ def test_a_repr_shows_parameters_and_no_objects(llm: Gemma2LLM) -> None:
     assert "max_new_tokens=16" in repr(llm)
 
 
-# The tutorial's name -------------------------------------------------------------------------------
+# The tutorial's name ---------------------------------------------------------------------------
 
 
 def test_the_tutorials_last_script_runs_unchanged(demo_engine: Gemma2Engine) -> None:

@@ -1,0 +1,119 @@
+"""What the READMEs show runs: Python blocks on the demo, command lines through the real parsers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import gemma2_stream
+from gemma2_stream import Gemma2LLM
+from gemma2_stream.cli import _parsed
+
+ROOT = Path(gemma2_stream.__file__).parent.parent
+READMES = ("README.md", "README.zh-CN.md")
+
+# The one change that is made to the code: every name of the real Gemma 2 becomes "demo".
+REAL_MODEL = re.compile(r'"[\w/.-]*(?:LLM-Research|google)/gemma-2-\w+-it"')
+
+
+class Block(NamedTuple):
+    language: str
+    line: int
+    text: str
+
+
+def blocks(readme: str, *languages: str) -> list[Block]:
+    """The fenced blocks of a README, in order."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    all_blocks = [Block(m[1], text.count("\n", 0, m.start()) + 2, m[2]) for m in found]
+    return [block for block in all_blocks if not languages or block.language in languages]
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r"\s*#.*", "", text)
+
+
+def headings(readme: str) -> list[str]:
+    prose = re.sub(
+        r"^```.*?^```$", "", (ROOT / readme).read_text(encoding="utf-8"), flags=re.M | re.S
+    )
+    return re.findall(r"^#+(?= )", prose, re.MULTILINE)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_python_blocks_run(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One after the other, as a reader would paste them into one session."""
+    session: dict[str, Any] = {"__name__": "__main__"}
+    printed = []
+    for block in blocks(readme, "python"):
+        code = REAL_MODEL.sub('"demo"', block.text)
+        # Padded, so that a traceback names the README's own line.
+        program = compile("\n" * (block.line - 1) + code, readme, "exec")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            exec(program, session)
+        # Only the tutorial's way of calling may warn, and it does.
+        expected = [DeprecationWarning] if "print(llm(" in code else []
+        assert [w.category for w in warned] == expected, block.text
+        printed.append(capsys.readouterr().out)
+        assert bool(printed[-1]) == ("print" in without_comments(code)), block.text
+    assert printed[0] == Gemma2LLM("demo").invoke("你是谁")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_command_lines_are_right(readme: str) -> None:
+    """Every `gemma2-stream` line parses, every `make` target and every file is there."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for block in blocks(readme, "sh"):
+        for command in re.split(r"\n|\|", without_comments(block.text)):
+            match shlex.split(command.partition(">")[0]):
+                case ["gemma2-stream", *arguments]:
+                    assert callable(_parsed(arguments).run)
+                case ["make", target]:
+                    assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
+                case ["python", script]:
+                    assert (ROOT / script).exists()
+                case [] | ["pip", "install", "."] | ["git", "diff"]:
+                    pass
+                case _:
+                    pytest.fail(f"nothing checks {command!r}")
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_links_lead_somewhere(readme: str) -> None:
+    for target in re.findall(r"\]\((?!https:)([^)#]+)", (ROOT / readme).read_text("utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_readmes_keep_in_step() -> None:
+    """The same headings by level, and the same code but for comments."""
+    english, chinese = READMES
+    assert headings(english) == headings(chinese)
+    for ours, theirs in zip(blocks(english), blocks(chinese), strict=True):
+        assert ours.language == theirs.language
+        assert without_comments(ours.text) == without_comments(theirs.text)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_every_parameter_and_error_is_in_its_table(readme: str) -> None:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    rows = " ".join(row.split("|")[1] for row in text.splitlines() if row.startswith("| `"))
+    told = set(re.findall(r"`(\w+)`", rows))
+    fields = {field.alias or name for name, field in Gemma2LLM.model_fields.items()}
+    langchain = {
+        "name",
+        "cache",
+        "verbose",
+        "callbacks",
+        "tags",
+        "metadata",
+        "custom_get_token_ids",
+    }
+    errors = {name for name in gemma2_stream.__all__ if name.endswith("Error")}
+    assert told >= (fields - langchain - {"model"}) | errors - {"Gemma2StreamError"}
