@@ -170,6 +170,9 @@ class TokenStream:
         self._arrived.clear()
         if not self._items.empty():  # it came between the look and `clear`
             return
+        if self._deadline is None:  # spares a token the cost of a timer that never fires
+            await self._arrived.wait()
+            return
         try:
             async with asyncio.timeout(self._remaining()):
                 await self._arrived.wait()

@@ -94,6 +94,8 @@ class TokenStreamer(TextIteratorStreamer, StoppingCriteria):
         self._prefilled = prefilled
         self._step_done = step_done
         self._seen = 0
+        self._done: list[bool] = []
+        self._done_tensor: torch.Tensor
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Take the new columns of `input_ids` (rows, tokens); True for each row that is done."""
@@ -109,7 +111,14 @@ class TokenStreamer(TextIteratorStreamer, StoppingCriteria):
                 if not row.done:
                     row.feed(token_id)
         self._step_done(self._channel)
-        return torch.tensor([row.done for row in self._rows], device=input_ids.device)
+        return self._flags(input_ids.device)
+
+    def _flags(self, device: torch.device) -> torch.Tensor:
+        """Which rows are done, shape (rows,); made anew only when a row has ended."""
+        done = [row.done for row in self._rows]
+        if done != self._done:
+            self._done, self._done_tensor = done, torch.tensor(done, device=device)
+        return self._done_tensor
 
     def put(self, value: torch.Tensor) -> None:
         """`generate` puts the prompt first; every later token was taken by the criterion."""

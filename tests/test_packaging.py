@@ -1,0 +1,67 @@
+"""What pip, make and the documents say about this package agrees."""
+
+import re
+import tomllib
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import gemma2_stream
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS = [
+    Requirement(line) for lines in PROJECT["optional-dependencies"].values() for line in lines
+]
+RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
+DOCUMENTS = sorted(ROOT.glob("*.md"))
+
+
+def pins(file: str) -> dict[str, Version]:
+    lines = (ROOT / file).read_text("utf-8").splitlines()
+    pairs = (line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(name): Version(pinned) for name, pinned in pairs}
+
+
+def test_the_version_is_the_installed_one() -> None:
+    assert version("gemma2-stream") == gemma2_stream.__version__
+
+
+def test_the_package_is_typed() -> None:
+    assert files("gemma2_stream").joinpath("py.typed").is_file()
+
+
+def test_torch_is_the_users_choice() -> None:
+    (torch,) = (requirement for requirement in RUNTIME if requirement.name == "torch")
+    assert {specifier.operator for specifier in torch.specifier} <= {">="}
+
+
+@pytest.mark.parametrize("requirement", [*RUNTIME, *EXTRAS], ids=lambda r: r.name)
+def test_each_requirement_is_pinned_within_its_bounds(requirement: Requirement) -> None:
+    assert pins("constraints.txt")[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_any_index_serves_the_pins() -> None:
+    pinned = pins("constraints.txt")
+    assert not [name for name, at in pinned.items() if at.local]
+    assert not [name for name in pinned if name.startswith(("cuda", "nvidia", "triton"))]
+
+
+@pytest.mark.parametrize("requirement", RUNTIME, ids=lambda r: r.name)
+def test_make_lowest_installs_the_lower_bounds(requirement: Requirement) -> None:
+    lowest = pins("constraints-lowest.txt")[canonicalize_name(requirement.name)]
+    for bound in requirement.specifier:  # none for torch
+        assert lowest == Version(bound.version)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_documents_name_make_targets_that_exist(document: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    # In code only, `make test` or a line of a block: "make sure" is prose.
+    named = set(re.findall(r"(?:`|^\s*\$? ?)make (\w+)", document.read_text("utf-8"), re.MULTILINE))
+    assert named <= targets
