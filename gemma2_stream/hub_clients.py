@@ -199,13 +199,14 @@ class HuggingFace(Hub):
     def __init__(
         self, model: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
     ) -> None:
-        import httpx
-        from huggingface_hub import constants
+        from huggingface_hub import constants, errors
 
         self.model, self.revision = model, revision or constants.DEFAULT_REVISION
         self.endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         self.cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
-        self.failures = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError)
+        # httpx up to huggingface_hub 1, httpx2 from 2 on: the one that its own errors are made of.
+        http = sys.modules[errors.HTTPError.__module__.partition(".")[0]]  # type: ignore[attr-defined]
+        self.failures = (http.HTTPError, http.InvalidURL, OSError, ValueError)
 
     @property
     def offline(self) -> bool:
