@@ -232,6 +232,10 @@ class Gemma2Engine:
             Row(index, request, channel, self._detokenizer(), self._stop_ids(request.params), limit)
             for index, request, limit in zip(indices, requests, limits, strict=True)
         ]
+        if channel.cancelled:  # while earlier rows of it ran: not one forward more is wanted
+            for row in rows:
+                row.finish("cancelled")
+            return
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(limits)
         input_ids, attention_mask = self._padded(requests)
@@ -356,6 +360,8 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of the locals of every frame that `error` and its causes went through."""
-    while error is not None:
+    seen: set[int] = set()  # causes may be set by hand, in a circle too
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -91,6 +91,21 @@ def test_an_exception_reaches_the_caller_unchanged(
     assert PATHS[path](llm, None) == reference(engine, PROMPT, 6)
 
 
+def test_an_exception_whose_causes_go_in_a_circle_reaches_the_caller(
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """A library may set `__cause__` as it likes; the worker does not go round for ever."""
+    watch = forwards(random_engine)
+    watch.fail_at[1] = first = Broken("first")
+    first.__cause__ = Broken("second")
+    first.__cause__.__cause__ = first
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3, timeout=30)
+
+    with pytest.raises(Broken, match="first"):
+        llm.invoke(PROMPT)
+    assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 3)
+
+
 class Exploding(LogitsProcessor):
     """A logits processor that fails at its third step."""
 
