@@ -78,6 +78,8 @@ class Gemma2Engine:
         self._detokenizer = detokenizer_for(tokenizer)
         self._config = _greedy(model, tokenizer)
         self.defaults = _defaults(model.generation_config)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.attn_implementation: str | None = model.config._attn_implementation
         self.context_length: int = model.config.get_text_config().max_position_embeddings
         self._jobs: _Jobs = queue.SimpleQueue()
         self._worker: threading.Thread | None = None

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from typing import Any, Self, TypedDict, Unpack
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -121,7 +121,12 @@ class Gemma2Fields(BaseModel):
     def _parameters(self) -> dict[str, Any]:
         """All that decides an answer, in plain JSON types: LangChain's cache key is made of it."""
         sampling = {name: getattr(self, name) for name in sorted(SAMPLING_NAMES)}
-        return {"model": self.model, **self._loading, **sampling}
+        loading = self._loading
+        # Two engines of one checkpoint share a name, and a relative folder is another elsewhere.
+        for name in ("dtype", "attn_implementation"):
+            loading[name] = getattr(self.custom_engine, name, loading[name])
+        model = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
+        return {"model": model, **loading, **sampling}
 
     def _with(self, overrides: dict[str, Any]) -> Self:
         """This model with per-call `overrides` as its own parameters.
@@ -185,8 +190,8 @@ class Gemma2Fields(BaseModel):
         }
 
 
-_turnstiles: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, asyncio.Lock]]
-_turnstiles = WeakKeyDictionary()
+# Weak, since a lock refers to its loop: each lives as long as somebody stands at it.
+_turnstiles: WeakValueDictionary[tuple[int, object], asyncio.Lock] = WeakValueDictionary()
 
 
 def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
@@ -194,8 +199,8 @@ def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
 
     Threads of an executor do not: without it, a short prompt would overtake a long one.
     """
-    locks = _turnstiles.setdefault(asyncio.get_running_loop(), {})
-    return locks.setdefault(model if isinstance(model, LoadSpec) else id(model), asyncio.Lock())
+    key = model if isinstance(model, LoadSpec) else id(model)
+    return _turnstiles.setdefault((id(asyncio.get_running_loop()), key), asyncio.Lock())
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

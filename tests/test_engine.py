@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -128,6 +130,21 @@ async def test_tasks_are_served_in_the_order_they_came(
     words = [400, 1, 200, 2, 3]
     await asyncio.gather(*[llm.ainvoke("word " * n) for n in words])
     assert watch.tokens == [len(random_engine.encode("word " * n)) for n in words]
+
+
+def test_waiting_for_ones_turn_keeps_no_event_loop_alive(random_engine: Gemma2Engine) -> None:
+    """A program that calls `asyncio.run` again and again leaves no loops behind."""
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=1)
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def ask() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        await asyncio.gather(*[llm.ainvoke("x") for _ in range(3)])
+
+    for _ in range(2):
+        asyncio.run(ask())
+    gc.collect()
+    assert [loop() for loop in loops] == [None, None]
 
 
 def test_requests_are_served_in_the_order_they_came(

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from langchain_core.messages import HumanMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField
-from tiny import Forwards, reference
+from tiny import DEMO, Forwards, reference
 
 from gemma2_stream import Gemma2_LLM, Gemma2Engine, Gemma2LLM, ParameterError
 
@@ -350,6 +351,29 @@ def test_a_cached_answer_is_the_answer(
     assert len(cache._cache) == 3
 
 
+def test_engines_of_one_checkpoint_in_two_dtypes_share_no_cache_entry(
+    random_engine: Gemma2Engine, cache: InMemoryCache
+) -> None:
+    """Both are called what the checkpoint is called, and round differently."""
+    halved = copy.deepcopy(random_engine.model).bfloat16()
+    with Gemma2Engine(halved, random_engine.tokenizer, name=random_engine.name) as other:
+        for engine in (random_engine, other):
+            Gemma2LLM(engine=engine, max_new_tokens=3).invoke(PROMPT)
+    assert len(cache._cache) == 2
+
+
+def test_a_relative_folder_shares_no_cache_entry_with_its_namesake(
+    cache: InMemoryCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that outlives the process meets the same words in another directory."""
+    for number, place in enumerate(["one", "other"], 1):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model").symlink_to(DEMO)
+        monkeypatch.chdir(tmp_path / place)
+        Gemma2LLM("./model", max_new_tokens=1).invoke(PROMPT)
+        assert len(cache._cache) == number
+
+
 def test_tokens_are_counted_by_gemmas_tokenizer(llm: Gemma2LLM) -> None:
     """Plain text without BOS; messages as they will be sent; `trim_messages` works with it."""
     expected = llm.engine.tokenizer("你好, hello", add_special_tokens=False)["input_ids"]
@@ -450,8 +474,6 @@ def test_a_repr_shows_parameters_and_no_objects(llm: Gemma2LLM) -> None:
 
 def test_the_tutorials_last_script_runs_unchanged(demo_engine: Gemma2Engine) -> None:
     """Its class name, its positional path, and calling the object: with a hint at `invoke`."""
-    from tiny import DEMO
-
     llm = Gemma2_LLM(str(DEMO))
     with pytest.warns(DeprecationWarning, match="invoke"):
         answer = llm("你是谁")
