@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from langchain_core.runnables import RunnableLambda
 from tiny import Forwards, greedy, reference
 
 from gemma2_stream import (
@@ -40,14 +41,19 @@ def test_the_engine_is_an_engine(engine: Gemma2Engine) -> None:
     assert isinstance(engine, Engine)
 
 
+@pytest.mark.parametrize("path", ["batch", "abatch", "chain.batch", "chain.abatch"])
 def test_a_batch_shares_its_forwards(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards], path: str
 ) -> None:
     """At most the longest row's steps and the prefill; never the sum of the rows."""
     watch = forwards(random_engine)
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=16)
+    runnable = RunnableLambda(str) | llm if path.startswith("chain") else llm
 
-    texts = llm.batch(PROMPTS)
+    if path.endswith("abatch"):
+        texts = asyncio.run(runnable.abatch(PROMPTS))
+    else:
+        texts = runnable.batch(PROMPTS)
 
     assert watch.count <= 16 + 1
     assert texts == [reference(random_engine, prompt, 16) for prompt in PROMPTS]
@@ -400,16 +406,38 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(0)", "del stream, llm"])
+ASYNC = """
+import asyncio
+async def leave():
+    tasks = [asyncio.create_task(llm.ainvoke("How do I stream?")) for _ in range(3)]
+    async for _ in llm.astream("Hello"):
+        break
+    {}
+asyncio.run(leave())
+"""
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "pass",
+        "raise SystemExit(0)",
+        "del stream, llm",
+        "llm.engine.close()",
+        ASYNC.format("return"),
+        ASYNC.format("raise SystemExit(0)"),
+    ],
+)
 def test_the_interpreter_leaves_cleanly_with_requests_in_flight(ending: str) -> None:
-    """No hang, no crash, nothing on stderr."""
+    """One runs, others wait: no hang, no crash, nothing on stderr."""
     code = f"""
-import os
-from gemma2_stream import Gemma2LLM
+from gemma2_stream import Gemma2LLM, Request, SamplingParams
 llm = Gemma2LLM("demo")
 stream = llm.stream("How do I stream?")
 next(stream)
-others = [llm.engine.submit(r) for r in []]
+request = Request(tuple(llm.engine.encode("Hello")), SamplingParams())
+long = Request((2, *[300] * 5000), SamplingParams())
+waiting = [llm.engine.submit([r]) for r in (request, long, request)]
 {ending}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
