@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
@@ -33,7 +34,7 @@ def llm(engine: Gemma2Engine) -> Gemma2LLM:
 # Stops -------------------------------------------------------------------------------------------
 
 
-async def _all_paths(llm: Gemma2LLM, prompt: str, **kwargs: Any) -> list[str]:
+async def _all_paths(llm: Any, prompt: str, **kwargs: Any) -> list[str]:
     """The answer by every path; they should not differ."""
     return [
         llm.invoke(prompt, **kwargs),
@@ -76,16 +77,15 @@ def test_a_stop_that_is_half_said_is_given_back(llm: Gemma2LLM) -> None:
     assert llm.invoke(PROMPT, stop=[whole[-2:] + "…"]) == whole
 
 
-def test_stops_of_the_instance_and_of_the_call_add_up(engine: Gemma2Engine) -> None:
-    """Neither replaces the other: the one that comes first cuts."""
+async def test_stops_of_the_instance_and_of_the_call_add_up(engine: Gemma2Engine) -> None:
+    """Neither replaces the other, on any path: the one that comes first cuts."""
     whole = reference(engine, PROMPT, N)
     early, late = whole[2:5], whole[8:12]
     for mine, yours in ((early, late), (late, early)):
         llm = Gemma2LLM(engine=engine, max_new_tokens=N, stop=[mine])
         expected = whole[: whole.index(early)]
-        assert llm.invoke(PROMPT, stop=[yours]) == expected
-        assert llm.bind(stop=[yours]).invoke(PROMPT) == expected
-        assert "".join(llm.stream(PROMPT, stop=[yours])) == expected
+        assert await _all_paths(llm, PROMPT, stop=[yours]) == [expected] * 6
+        assert await _all_paths(llm.bind(stop=[yours]), PROMPT) == [expected] * 6
         assert llm.sampling_params.stop == (mine,)
 
 
@@ -169,6 +169,27 @@ async def test_each_token_reaches_each_handler_once_and_in_order(
             assert handler.loops == {asyncio.get_running_loop()}
 
 
+async def test_handlers_of_the_constructor_and_of_a_chain_are_told_too(llm: Gemma2LLM) -> None:
+    """Wherever a handler was given, it gets each token once, for each row of a batch as well."""
+    mine, chains, expected = Record(), Record(), reference(llm.engine, PROMPT, N)
+    heard = Gemma2LLM(engine=llm.engine, max_new_tokens=N, callbacks=[mine])
+    chain: Any = PromptTemplate.from_template("{q}") | heard | StrOutputParser()
+    ask, config = {"q": PROMPT}, {"callbacks": [chains]}
+    runs = [
+        lambda: chain.invoke(ask, config),
+        lambda: list(chain.stream(ask, config)),
+        lambda: chain.batch([ask, ask], config),
+    ]
+    for run in runs:
+        run()
+    await chain.ainvoke(ask, config)
+    assert [text async for text in chain.astream(ask, config)]
+    await chain.abatch([ask, ask], config)
+    for record in (mine, chains):
+        assert ["".join(tokens) for tokens in record.tokens.values()] == [expected] * 8
+        assert record.ends.keys() == record.tokens.keys()
+
+
 def test_a_token_is_told_before_it_is_yielded(llm: Gemma2LLM) -> None:
     """When the caller has text, the handlers have had it."""
     record = Record()
@@ -205,6 +226,35 @@ def test_parameters_are_honoured_and_read_back(llm: Gemma2LLM) -> None:
 
 
 @pytest.mark.parametrize(
+    "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-9}], ids=str
+)
+def test_what_narrows_the_choice_to_one_is_greedy(llm: Gemma2LLM, narrow: dict[str, Any]) -> None:
+    """Each sampling parameter reaches the model, on the instance and in the call."""
+    hot = {"temperature": 5.0, **narrow}
+    expected = reference(llm.engine, PROMPT, N)
+    assert llm.invoke(PROMPT, temperature=5.0) != expected
+    assert llm.invoke(PROMPT, **hot) == expected
+    assert Gemma2LLM(engine=llm.engine, max_new_tokens=N, **hot).invoke(PROMPT) == expected
+
+
+def test_the_repetition_penalty_is_that_of_generate(llm: Gemma2LLM) -> None:
+    """Bare `generate` with the same penalty says the same, though it counts the prompt's ids."""
+    ids = torch.tensor([llm.engine.encode(PROMPT)])
+    output = llm.engine.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=N,
+        do_sample=False,
+        repetition_penalty=0.1,
+        eos_token_id=[1, 107],
+        pad_token_id=0,
+    )
+    expected = llm.engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert expected != reference(llm.engine, PROMPT, N)
+    assert llm.invoke(PROMPT, repetition_penalty=0.1) == expected
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"temprature": 0.5}, "did you mean 'temperature'"),
@@ -238,6 +288,10 @@ def test_a_wrong_parameter_is_refused_before_any_forward(
         lambda: list(llm.stream(PROMPT, **wrong)),
         lambda: llm.batch([PROMPT], **wrong),
         lambda: asyncio.run(llm.ainvoke(PROMPT, **wrong)),
+        lambda: asyncio.run(llm.abatch([PROMPT], **wrong)),
+        lambda: asyncio.run(anext(llm.astream(PROMPT, **wrong))),
+        lambda: llm.generate([PROMPT], **wrong),
+        lambda: llm.bind(**wrong).invoke(PROMPT),
         lambda: Gemma2LLM(engine=random_engine, **wrong).invoke(PROMPT),
     ):
         with pytest.raises(ParameterError, match=message):
@@ -461,6 +515,12 @@ def test_copies_and_pickles_share_the_weights(demo_engine: Gemma2Engine) -> None
         assert again.engine is llm.engine
     assert Gemma2LLM("demo", dtype="float32").engine is llm.engine
     assert clone.invoke("你是谁") == reference(demo_engine, "你是谁", 5)
+
+
+def test_a_model_with_an_engine_of_its_own_says_why_it_does_not_pickle(llm: Gemma2LLM) -> None:
+    """And what to pickle in its place."""
+    with pytest.raises(TypeError, match=r"pickle Gemma2LLM\(model="):
+        pickle.dumps(llm)
 
 
 def test_a_repr_shows_parameters_and_no_objects(llm: Gemma2LLM) -> None:
