@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 
 import pytest
 import torch
@@ -360,6 +360,27 @@ def test_closing_ends_requests_in_flight_and_refuses_new_ones(
         engine.submit([_request(random_engine, "x")])
 
 
+async def test_closing_ends_tasks_that_read_and_that_wait(random_engine: Gemma2Engine) -> None:
+    """On an event loop, in a stream and before its first token: EngineClosedError, at once."""
+    engine = Gemma2Engine(random_engine.model, random_engine.tokenizer, name="closing")
+    watch = Forwards(engine.model)
+    reached, release = watch.gate(3)
+    llm = Gemma2LLM(engine=engine)
+
+    async def read(stream: AsyncIterable[object]) -> list[object]:
+        return [text async for text in stream]
+
+    running = asyncio.create_task(read(llm.astream("x")))
+    assert await asyncio.to_thread(reached.wait, 30)
+    waiting = [read(engine.submit([_request(engine, prompt)])) for prompt in ("y", "z")]
+    closer = asyncio.create_task(asyncio.to_thread(engine.close))
+    ends = await asyncio.gather(running, *waiting, return_exceptions=True)
+    release.set()
+    await closer
+    watch.remove()
+    assert [type(end) for end in ends] == [EngineClosedError] * 3
+
+
 def test_an_engine_that_nobody_holds_lets_its_thread_end(random_engine: Gemma2Engine) -> None:
     """Forgetting to close leaks neither the thread nor the weights."""
     engine = Gemma2Engine(random_engine.model, random_engine.tokenizer)
@@ -408,6 +429,7 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 
 ASYNC = """
 import asyncio
+del stream, waiting
 async def leave():
     tasks = [asyncio.create_task(llm.ainvoke("How do I stream?")) for _ in range(3)]
     async for _ in llm.astream("Hello"):

@@ -52,6 +52,16 @@ async def test_each_row_of_a_batch_is_the_prompt_alone(engine: Gemma2Engine) -> 
     assert llm.batch(PROMPTS) == expected
     assert await llm.abatch(PROMPTS) == expected
     assert [row[0].text for row in llm.generate(PROMPTS).generations] == expected
+    assert [row[0].text for row in llm._generate(PROMPTS).generations] == expected
+    assert [row[0].text for row in (await llm._agenerate(PROMPTS)).generations] == expected
+
+
+@pytest.mark.parametrize(
+    "path", ["_call", "_stream", "_generate", "_acall", "_astream", "_agenerate"]
+)
+def test_every_path_is_our_own(path: str) -> None:
+    """None is left to LangChain's defaults, which run in its executor or do not stream."""
+    assert path in vars(Gemma2LLM)
 
 
 def test_prompt_ids_are_the_chat_templates(engine: Gemma2Engine) -> None:
