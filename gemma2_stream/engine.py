@@ -85,6 +85,8 @@ class Gemma2Engine:
         renamed = "cache" in inspect.signature(model.forward).parameters
         self._cache_name = "cache" if renamed else "past_key_values"
         self.defaults = _defaults(model.generation_config)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.attn_implementation: str | None = model.config._attn_implementation
         self.context_length: int = model.config.get_text_config().max_position_embeddings
         self._jobs: _Jobs = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -256,6 +258,12 @@ class Gemma2Engine:
 
     def _generate(self, rows: Sequence[Row]) -> None:
         """One `model.generate` for `rows`, left-padded to a common length."""
+        for row in rows:
+            if row.channel.cancelled:  # while rows before it ran: not one forward more is wanted
+                row.finish("cancelled")
+        rows = [row for row in rows if not row.done]
+        if not rows:
+            return
         requests = [row.request for row in rows]
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(row.limit for row in rows)
@@ -391,6 +399,8 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of the locals of every frame that `error` and its causes went through."""
-    while error is not None:
+    seen: set[int] = set()  # causes may be set by hand, in a circle too
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

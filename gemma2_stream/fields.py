@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
-from weakref import WeakKeyDictionary
+from weakref import WeakValueDictionary
 
 from langchain_core.language_models import LangSmithParams
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
@@ -138,7 +138,12 @@ class Gemma2Fields(BaseModel):
     def _parameters(self) -> dict[str, Any]:
         """All that decides an answer, in plain JSON types: LangChain's cache key is made of it."""
         sampling = {name: getattr(self, name) for name in sorted(SAMPLING_NAMES)}
-        return {"model": self.model, **self._loading, **sampling}
+        loading = self._loading
+        # Two engines of one checkpoint share a name, and a relative folder is another elsewhere.
+        for name in ("dtype", "attn_implementation"):
+            loading[name] = getattr(self.custom_engine, name, loading[name])
+        model = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
+        return {"model": model, **loading, **sampling}
 
     def _with(self, overrides: dict[str, Any]) -> Self:
         """This model with per-call `overrides`, `model` among them, as its own parameters.
@@ -245,8 +250,8 @@ class Gemma2Fields(BaseModel):
         }
 
 
-_turnstiles: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, asyncio.Lock]]
-_turnstiles = WeakKeyDictionary()
+# Weak, since a lock refers to its loop: each lives as long as somebody stands at it.
+_turnstiles: WeakValueDictionary[tuple[int, object], asyncio.Lock] = WeakValueDictionary()
 
 
 def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
@@ -254,8 +259,8 @@ def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
 
     Threads of an executor do not: without it, a short prompt would overtake a long one.
     """
-    locks = _turnstiles.setdefault(asyncio.get_running_loop(), {})
-    return locks.setdefault(model if isinstance(model, LoadSpec) else id(model), asyncio.Lock())
+    key = model if isinstance(model, LoadSpec) else id(model)
+    return _turnstiles.setdefault((id(asyncio.get_running_loop()), key), asyncio.Lock())
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
@@ -303,8 +308,8 @@ def _model_name(model: str | os.PathLike[str] | None, engine: Any, loading: dict
         return os.fspath(model or os.environ.get("GEMMA2_STREAM_MODEL") or "demo")
     if not isinstance(engine, Engine):
         raise ParameterError(
-            f"engine={engine!r} is no engine: it needs name, defaults, encode, tokenize, submit "
-            "and close (see gemma2_stream.Engine)"
+            f"engine={engine!r} is no engine: it needs name, defaults, encode, tokenize, submit, "
+            "submit_each and close (see gemma2_stream.Engine)"
         )
     idle = [name for name, value in {"model": model, **loading}.items() if value is not None]
     if idle and (idle != ["model"] or model != engine.name):

@@ -106,8 +106,9 @@ class TestRandomWeights(_Tiny):
         type(self).params = {"engine": random_engine, "max_tokens": 100}
 
 
-@pytest.mark.skipif(not CAPABLE, reason="GEMMA2_STREAM_TEST_MODEL names no capable checkpoint")
-class TestCapable(_Integration):
-    """A checkpoint that can choose a call, such as gemma-2-2b-it: all of the suite."""
+if CAPABLE:
 
-    params: ClassVar[dict[str, Any]] = {"model": CAPABLE, "max_tokens": 1000}
+    class TestCapable(_Integration):
+        """A checkpoint that can choose a call, such as gemma-2-2b-it: all of the suite."""
+
+        params: ClassVar[dict[str, Any]] = {"model": CAPABLE, "max_tokens": 1000}
