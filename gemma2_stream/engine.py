@@ -25,6 +25,7 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
@@ -81,9 +82,9 @@ class Gemma2Engine:
         self._grammars = Grammars(
             tokenizer, self._encoder.text, vocab_size, self._config.eos_token_id
         )
-        # transformers 5.24 renamed it.
-        renamed = "cache" in inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if renamed else "past_key_values"
+        # transformers 5.24 renamed it. Not asked of the model, whose `forward` may take anything.
+        asked = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+        self._cache_name = "cache" if "cache" in asked else "past_key_values"
         self.defaults = _defaults(model.generation_config)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.attn_implementation: str | None = model.config._attn_implementation
