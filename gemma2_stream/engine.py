@@ -25,6 +25,7 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
@@ -44,6 +45,10 @@ PREFILL_CHUNK = 512
 
 # A reader this many chunks behind has stopped reading: the model waits, unless others wait for it.
 MAX_UNREAD = 256
+
+# transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
+_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE_NAME = "cache" if _RENAMED else "past_key_values"
 
 
 class _Cancelled(BaseException):
@@ -81,9 +86,6 @@ class Gemma2Engine:
         self._grammars = Grammars(
             tokenizer, self._encoder.text, vocab_size, self._config.eos_token_id
         )
-        # transformers 5.24 renamed it.
-        renamed = "cache" in inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if renamed else "past_key_values"
         self.defaults = _defaults(model.generation_config)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.attn_implementation: str | None = model.config._attn_implementation
@@ -284,7 +286,7 @@ class Gemma2Engine:
                 self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    **{self._cache_name: cache},
+                    **{_CACHE_NAME: cache},
                     generation_config=config,
                     logits_processor=LogitsProcessorList([logits] if logits.needed else []),
                     stopping_criteria=StoppingCriteriaList([streamer]),
