@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from .detokenizer import detokenizer_for
-from .errors import EngineClosedError, ParameterError, PromptTooLongError
+from .errors import EngineClosedError, Gemma2StreamError, ParameterError, PromptTooLongError
 from .grammar import Grammars
 from .prompt import PromptEncoder
 from .sampling import RowLogits
@@ -141,10 +141,21 @@ class Gemma2Engine:
         return TokenStream(channel)
 
     def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
-        """The same, with a stream for each request: each is read, cancelled and over by itself."""
-        channels = [Channel([self._checked(request)]) for request in requests]
-        self._queue(channels)
+        """The same, with a stream for each request: each is read, cancelled and over by itself.
+
+        A request that is refused has a stream that raises it. Raises EngineClosedError.
+        """
+        channels = [self._channel(request) for request in requests]
+        self._queue([channel for channel in channels if not channel.cancelled])
         return [TokenStream(channel) for channel in channels]
+
+    def _channel(self, request: Request) -> Channel:
+        try:
+            return Channel([self._checked(request)])
+        except Gemma2StreamError as refusal:
+            channel = Channel([request])
+            channel.fail(refusal)
+            return channel
 
     def _queue(self, channels: Sequence[Channel]) -> None:
         with self._lock:
