@@ -38,7 +38,11 @@ class GrammarError(Gemma2StreamError, core.ModelInvalidRequestError, ValueError)
 
 
 class StructuredOutputError(Gemma2StreamError, core.OutputParserException):
-    """An answer that had to match a JSON schema ended before it was whole."""
+    """An answer that had to match a JSON schema ended before it was whole; `llm_output` is it."""
+
+    def __init__(self, message: str, llm_output: str | None = None) -> None:
+        super().__init__(message, llm_output=llm_output)
+        self.args = (message,)  # LangChain adds a link of its own
 
 
 class PromptError(Gemma2StreamError, core.ModelInvalidRequestError, ValueError):

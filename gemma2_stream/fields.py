@@ -290,6 +290,8 @@ def _checked(
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     SamplingParams(**{k: v for k in SAMPLING_NAMES if (v := values.get(k)) is not None})
+    if not isinstance(values.get("api_key"), str | SecretStr | None):
+        raise ParameterError("api_key is not a string: give the hub's token as one")
     retries = values.get("max_retries") or 0
     if not isinstance(retries, int) or retries < 0:
         raise ParameterError(f"max_retries={retries!r} is not a whole number of tries, 0 or more")

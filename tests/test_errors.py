@@ -15,6 +15,8 @@ from gemma2_stream import errors
 CORE = {
     "Gemma2StreamError": core.ModelError,
     "ParameterError": core.ModelInvalidRequestError,
+    "GrammarError": core.ModelInvalidRequestError,
+    "StructuredOutputError": core.OutputParserException,
     "PromptError": core.ModelInvalidRequestError,
     "PromptTooLongError": core.ContextOverflowError,
     "ModelNotFoundError": core.ModelNotFoundError,
