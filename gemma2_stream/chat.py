@@ -196,11 +196,15 @@ class ChatGemma2(Gemma2Fields, BaseChatModel):
                     except Exception as error:
                         if return_exceptions:
                             return error
-                        group.cancel()  # nobody will see the others' answers
+                        group.fail(error)  # nobody will see the others' answers
                         raise
 
             with get_executor_for_config(configs[0]) as executor:
-                answers += executor.map(one, group.places, part, configs)
+                try:
+                    answers += executor.map(one, group.places, part, configs)
+                except BaseException as error:  # Ctrl-C comes here, and the threads go on
+                    group.fail(error)
+                    raise
         return answers
 
     async def abatch(
@@ -290,8 +294,8 @@ class ChatGemma2(Gemma2Fields, BaseChatModel):
         )
         failed = RunnablePassthrough.assign(parsed=lambda _: None)
         both = parsed.with_fallbacks([failed], exception_key="parsing_error")
-        chain: Runnable[LanguageModelInput, Any] = RunnableMap(raw=answer) | both
-        return chain
+        # Not RunnableMap(raw=answer), which would ask a batch one by one.
+        return answer | RunnableMap(raw=RunnablePassthrough()) | both
 
 
 class _Call:

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from .detokenizer import detokenizer_for
-from .errors import EngineClosedError, ParameterError, PromptTooLongError
+from .errors import EngineClosedError, Gemma2StreamError, ParameterError, PromptTooLongError
 from .grammar import Grammars
 from .prompt import PromptEncoder
 from .sampling import RowLogits
@@ -45,6 +45,10 @@ PREFILL_CHUNK = 512
 
 # A reader this many chunks behind has stopped reading: the model waits, unless others wait for it.
 MAX_UNREAD = 256
+
+# transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
+_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE_NAME = "cache" if _RENAMED else "past_key_values"
 
 
 class _Cancelled(BaseException):
@@ -82,9 +86,6 @@ class Gemma2Engine:
         self._grammars = Grammars(
             tokenizer, self._encoder.text, vocab_size, self._config.eos_token_id
         )
-        # transformers 5.24 renamed it. Not asked of the model, whose `forward` may take anything.
-        asked = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-        self._cache_name = "cache" if "cache" in asked else "past_key_values"
         self.defaults = _defaults(model.generation_config)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.attn_implementation: str | None = model.config._attn_implementation
@@ -140,10 +141,21 @@ class Gemma2Engine:
         return TokenStream(channel)
 
     def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
-        """The same, with a stream for each request: each is read, cancelled and over by itself."""
-        channels = [Channel([self._checked(request)]) for request in requests]
-        self._queue(channels)
+        """The same, with a stream for each request: each is read, cancelled and over by itself.
+
+        A request that is refused has a stream that raises it. Raises EngineClosedError.
+        """
+        channels = [self._channel(request) for request in requests]
+        self._queue([channel for channel in channels if not channel.cancelled])
         return [TokenStream(channel) for channel in channels]
+
+    def _channel(self, request: Request) -> Channel:
+        try:
+            return Channel([self._checked(request)])
+        except Gemma2StreamError as refusal:
+            channel = Channel([request])
+            channel.fail(refusal)
+            return channel
 
     def _queue(self, channels: Sequence[Channel]) -> None:
         with self._lock:
@@ -285,7 +297,7 @@ class Gemma2Engine:
                 self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    **{self._cache_name: cache},
+                    **{_CACHE_NAME: cache},
                     generation_config=config,
                     logits_processor=LogitsProcessorList([logits] if logits.needed else []),
                     stopping_criteria=StoppingCriteriaList([streamer]),

@@ -86,8 +86,9 @@ class TokenStream:
     Every row ends with the chunk that carries its verdict, and the last of these ends the stream.
     An exception in the engine is raised here, itself, with its traceback. `close` (or leaving
     `with`, or dropping the object) cancels what is still being generated and never waits; `cancel`
-    does the same from another thread and lets the reader see the verdict `cancelled`. With a
-    timeout, GenerationTimeoutError is raised when it runs out, and the work is cancelled.
+    does the same from another thread and lets the reader see the verdict `cancelled`, and `fail`
+    lets it see an error. With a timeout, GenerationTimeoutError is raised when it runs out, and the
+    work is cancelled.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -133,6 +134,10 @@ class TokenStream:
     def cancel(self) -> None:
         """Stop generating; the reader still gets what was made, and the verdict `cancelled`."""
         self._finalizer()
+
+    def fail(self, error: BaseException) -> None:
+        """Stop generating; the reader still gets what was made, and then `error` is raised."""
+        self._channel.fail(error)
 
     def close(self) -> None:
         """Stop generating and read no more. May be called twice."""

@@ -21,39 +21,41 @@ class Together:
     def __init__(self, count: int) -> None:
         self._missing = count
         self._lock = threading.Lock()
-        self._joined: list[tuple[Engine, Request, Future[TokenStream]]] = []
+        self._waiting: list[tuple[Engine, Request, Future[TokenStream]]] = []
         self._streams: list[TokenStream] = []
+        self._error: BaseException | None = None
         self.places = [Place(self) for _ in range(count)]
 
-    def cancel(self) -> None:
-        """Nobody wants any of the answers."""
-        for stream in self._streams:
-            stream.cancel()
+    def fail(self, error: BaseException) -> None:
+        """Nobody wants the answers any more: all who wait for one, or read it, get `error`."""
+        with self._lock:
+            self._error = error
+            self._settle()
+            for stream in self._streams:
+                stream.fail(error)
 
     def _come(self, *joined: tuple[Engine, Request, Future[TokenStream]]) -> None:
         with self._lock:
-            self._joined += joined
+            self._waiting += joined
             self._missing -= 1
-            complete = self._missing == 0
-        if complete and self._joined:
-            self._submit()
+            if self._missing == 0 or self._error is not None:
+                self._settle()
 
-    def _submit(self) -> None:
-        engine = self._joined[0][0]
-        wanted = [one for one in self._joined if one[2].set_running_or_notify_cancel()]
-        try:
-            streams = engine.submit_each([request for _, request, _ in wanted])
-        except Exception:
-            # One of them is refused, and only its own caller is to hear of it.
-            for _, request, future in wanted:
-                try:
-                    self._streams.append(engine.submit([request]))
-                    future.set_result(self._streams[-1])
-                except Exception as error:
-                    future.set_exception(error)
+    def _settle(self) -> None:
+        """Give those who wait their streams, or the error that ends it all."""
+        waiting, self._waiting = self._waiting, []
+        wanted = [one for one in waiting if one[2].set_running_or_notify_cancel()]
+        error = self._error
+        if wanted and error is None:
+            try:
+                self._streams = wanted[0][0].submit_each([request for _, request, _ in wanted])
+            except Exception as refusal:
+                error = refusal
+        if error is not None:
+            for _, _, future in wanted:
+                future.set_exception(error)
             return
-        self._streams = streams
-        for (_, _, future), stream in zip(wanted, streams, strict=True):
+        for (_, _, future), stream in zip(wanted, self._streams, strict=True):
             future.set_result(stream)
 
 

@@ -193,7 +193,9 @@ class Engine(Protocol):
         """Queue `requests` as the rows of one stream, and return at once."""
 
     def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
-        """The same, with a stream for each request; they may be decoded together."""
+        """The same, with a stream for each request, which raises it where one is refused; they may
+        be decoded together.
+        """
 
     def close(self) -> None:
         """Stop the thread, free the weights, end what is in flight. May be called twice."""

@@ -235,7 +235,7 @@ async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behin
         """The engine, but for an encoding that waits at a gate."""
 
         name, defaults, tokenize = engine.name, engine.defaults, engine.tokenize
-        submit, close = engine.submit, engine.close
+        submit, submit_each, close = engine.submit, engine.submit_each, engine.close
 
         def encode(self, *prompt: Any, **options: Any) -> list[int]:
             reached.set()

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
+import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+
 import gemma2_stream
-from gemma2_stream import Gemma2LLM
+from gemma2_stream import ChatGemma2, Gemma2LLM
 
 ROOT = Path(gemma2_stream.__file__).parent.parent
 
 
-def run(name: str) -> tuple[str, str]:
-    """stdout and stderr of an example, which must succeed."""
+def run(name: str, typed: str = "") -> tuple[str, str]:
+    """stdout and stderr of an example, which reads `typed` and must succeed."""
     # On a busy machine two threads wait for each other.
     settings = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name],
         env=os.environ | settings,
+        input=typed,
         capture_output=True,
         encoding="utf-8",
         check=False,
@@ -71,3 +79,45 @@ def test_from_the_tutorial() -> None:
     assert out == f"{answer}\n{answer}\n{cut}\n"
     assert "DeprecationWarning" in err
     assert "invoke" in err
+
+
+def test_chat() -> None:
+    out, _ = run("chat.py", typed="Hello\n你是谁\n")
+    first, second = out.removeprefix("> ").removesuffix("> ").split("\n> ")
+    system = SystemMessage("You are a helpful assistant.")
+    said: list[BaseMessage] = [system, HumanMessage("Hello")]
+    assert first == ChatGemma2("demo").invoke(said).text
+    # The second answer is given in the light of the first.
+    said += [AIMessage(first), HumanMessage("你是谁")]
+    assert second == ChatGemma2("demo").invoke(said).text + "\n"
+
+
+def test_tools() -> None:
+    out, _ = run("tools.py")
+    call, result, answer = out.split("\n", 2)
+    arguments = json.loads(call.removeprefix("count_letter"))
+    assert {name: type(value) for name, value in arguments.items()} == {"word": str, "letter": str}
+    assert result == f"[count_letter returns {arguments['word'].count(arguments['letter'])}]"
+    assert answer.strip()
+
+
+def test_structured() -> None:
+    out, _ = run("structured.py")
+    *parts, last = out.splitlines()
+    grown = [ast.literal_eval(part) for part in parts]
+    assert grown[0] == {}
+    assert len(grown) > 5
+    for part, longer in itertools.pairwise(grown):
+        assert part.keys() <= longer.keys()
+    assert set(grown[-1]) == {"title", "mood", "stars"}
+    assert re.fullmatch(r"Review\(title=.*, mood='(good|mixed|bad)', stars=[1-5]\)", last)
+
+
+def test_agent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["agent.py"])
+    example = runpy.run_path(str(ROOT / "examples" / "agent.py"))
+    streamed = capsys.readouterr().out
+    # The toy calls no tool here, so all that streams is its answer.
+    *_, last = example["agent"].invoke(example["question"])["messages"]
+    assert last.text
+    assert streamed == f"{last.text}\n"

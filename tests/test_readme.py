@@ -1,4 +1,4 @@
-"""What the READMEs show runs: Python blocks on the demo, command lines through the real parsers."""
+"""What READMEs and docs/ show runs: Python on the demo, command lines through the real parsers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from langchain_core.language_models import BaseChatModel
 
 import gemma2_stream
-from gemma2_stream import Gemma2LLM
+from gemma2_stream import ChatGemma2, Gemma2LLM
 from gemma2_stream.cli import _parsed
+from gemma2_stream.formats import FORMAT_NAMES
 
 ROOT = Path(gemma2_stream.__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
+PAIRS = (READMES, ("docs/chat.md", "docs/chat.zh-CN.md"))  # English, Chinese
+DOCUMENTS = [document for pair in PAIRS for document in pair]
 
 # The one change that is made to the code: every name of the real Gemma 2 becomes "demo".
 REAL_MODEL = re.compile(r'"[\w/.-]*(?:LLM-Research|google)/gemma-2-\w+-it"')
@@ -46,7 +50,14 @@ def headings(readme: str) -> list[str]:
     return re.findall(r"^#+(?= )", prose, re.MULTILINE)
 
 
-@pytest.mark.parametrize("readme", READMES)
+def table_names(document: str) -> list[list[str]]:
+    """Of every table row, what it names in code in its first column, in any order."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in text.splitlines() if row.startswith("|")]
+    return [sorted(re.findall(r"`([^`]+)`", row)) for row in rows]
+
+
+@pytest.mark.parametrize("readme", DOCUMENTS)
 def test_python_blocks_run(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One after the other, as a reader would paste them into one session."""
     session: dict[str, Any] = {"__name__": "__main__"}
@@ -63,7 +74,8 @@ def test_python_blocks_run(readme: str, capsys: pytest.CaptureFixture[str]) -> N
         assert [w.category for w in warned] == expected, block.text
         printed.append(capsys.readouterr().out)
         assert bool(printed[-1]) == ("print" in without_comments(code)), block.text
-    assert printed[0] == Gemma2LLM("demo").invoke("你是谁")
+    if readme in READMES:
+        assert printed[0] == Gemma2LLM("demo").invoke("你是谁")
 
 
 @pytest.mark.parametrize("readme", READMES)
@@ -85,15 +97,21 @@ def test_command_lines_are_right(readme: str) -> None:
                     pytest.fail(f"nothing checks {command!r}")
 
 
-@pytest.mark.parametrize("readme", READMES)
+@pytest.mark.parametrize("readme", DOCUMENTS)
 def test_links_lead_somewhere(readme: str) -> None:
     for target in re.findall(r"\]\((?!https:)([^)#]+)", (ROOT / readme).read_text("utf-8")):
-        assert (ROOT / target).exists(), target
+        assert ((ROOT / readme).parent / target).exists(), target
 
 
-def test_the_readmes_keep_in_step() -> None:
-    """The same headings by level, and the same code but for comments."""
-    english, chinese = READMES
+def test_docs_holds_nothing_untested() -> None:
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert found == set(DOCUMENTS) - set(READMES)
+
+
+@pytest.mark.parametrize(("english", "chinese"), PAIRS)
+def test_the_languages_keep_in_step(english: str, chinese: str) -> None:
+    """The same headings by level, the same tables by rows, and the same code but for comments."""
+    assert table_names(english) == table_names(chinese)
     assert headings(english) == headings(chinese)
     for ours, theirs in zip(blocks(english), blocks(chinese), strict=True):
         assert ours.language == theirs.language
@@ -105,15 +123,8 @@ def test_every_parameter_and_error_is_in_its_table(readme: str) -> None:
     text = (ROOT / readme).read_text(encoding="utf-8")
     rows = " ".join(row.split("|")[1] for row in text.splitlines() if row.startswith("| `"))
     told = set(re.findall(r"`(\w+)`", rows))
-    fields = {field.alias or name for name, field in Gemma2LLM.model_fields.items()}
-    langchain = {
-        "name",
-        "cache",
-        "verbose",
-        "callbacks",
-        "tags",
-        "metadata",
-        "custom_get_token_ids",
-    }
+    fields = Gemma2LLM.model_fields | ChatGemma2.model_fields
+    ours = {field.alias or name for name, field in fields.items()}
+    langchain = set(BaseChatModel.model_fields)  # described there
     errors = {name for name in gemma2_stream.__all__ if name.endswith("Error")}
-    assert told >= (fields - langchain - {"model"}) | errors - {"Gemma2StreamError"}
+    assert told >= (ours - langchain) | FORMAT_NAMES | errors - {"Gemma2StreamError"}
