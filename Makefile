@@ -19,8 +19,8 @@ PIP := $(VENV)/bin/python -m pip
 PIP_OPTIONS := --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(PIP_ARGS)
 # Modules are compiled when they are first imported; most never are.
 INSTALL = $(PIP) install $(PIP_OPTIONS) --no-compile -c $(CONSTRAINTS)
-# What pip collects and installs, without the rest that it says; warnings and errors stay.
-BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing)' || true; }
+# What pip collects, installs or cannot reconcile, without the rest; warnings and errors stay.
+BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|    .* (depends|requested))' || true; }
 
 .PHONY: help demo test check pytest wheel bench lowest constraints clean
 
