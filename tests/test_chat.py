@@ -7,34 +7,26 @@ test_errors_reach.py, for both; LangChain's own suites are in test_standard.py.
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.rate_limiters import InMemoryRateLimiter
-from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import tool
 from pydantic import BaseModel
-from tiny import DEMO, Forwards, reference
+from tiny import Forwards, reference
 
 from gemma2_stream import (
     ChatGemma2,
     Gemma2Engine,
     Gemma2LLM,
-    ParameterError,
     PromptTooLongError,
-    StructuredOutputError,
 )
 
 PROMPT = "Who are you?"
