@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from either import Either
 from no_network import no_network  # noqa: F401  # a fixture, found by being imported
 from tiny import DEMO, Forwards, ScriptedGemma2, random_gemma
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -52,6 +53,15 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Gemma2Engine]:
     """The same promises hold for both kinds of weights. Idle before and after each test."""
     engine: Gemma2Engine = request.getfixturevalue(f"{request.param}_engine")
     yield engine
+    engine.join()
+
+
+@pytest.fixture(params=["llm-demo", "llm-random", "chat-demo"])
+def either(request: pytest.FixtureRequest) -> Iterator[Either]:
+    """Both models, for what holds of both. Weights do not tell them apart, so not all pairs."""
+    kind, weights = request.param.split("-")
+    engine: Gemma2Engine = request.getfixturevalue(f"{weights}_engine")
+    yield Either(kind, engine)
     engine.join()
 
 

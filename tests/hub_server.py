@@ -3,7 +3,8 @@
     with Hub({"config.json": b"{}"}) as hub:
         hub.cut["model.safetensors"] = 1000       close after 1,000 bytes, and then be down for it
         hub.down.add("model.safetensors")         answer 503 for this file
-        hub.spoil.add("model.safetensors")        send other bytes than those listed
+        hub.busy["model.safetensors"] = 2         answer 503 for it, so many times
+    hub.spoil.add("model.safetensors")        send other bytes than those listed
         hub.status = 401                          answer everything so
         hub.page = b"<html>"                      answer everything with a page
         hub.gated = True                          refuse the files (ModelScope: the listing)
@@ -54,6 +55,7 @@ class Hub:
     files: dict[str, bytes]
     tls: ssl.SSLContext | None = None
     cut: dict[str, int] = field(default_factory=dict)
+    busy: dict[str, int] = field(default_factory=dict)
     down: set[str] = field(default_factory=set)
     spoil: set[str] = field(default_factory=set)
     status: int | None = None
@@ -182,6 +184,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, name: str, headers: dict[str, str]) -> None:
         if name in self.hub.down:
+            self._json({}, 503)
+        elif self.command == "GET" and self.hub.busy.get(name):
+            self.hub.busy[name] -= 1
             self._json({}, 503)
         elif self.hub.cdn is not None and name.endswith(LARGE):
             self._json({}, 302, {**headers, "Location": f"{self.hub.cdn}/cdn/{name}"})

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from either import Either
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
@@ -31,20 +32,19 @@ class Stopped(Exception):
 
 
 @pytest.fixture
-def llm(engine: Gemma2Engine) -> Gemma2LLM:
+def llm(either: Either) -> Either:
     """Answers that go on long after the point at which these tests stop them."""
-    return Gemma2LLM(engine=engine, max_new_tokens=LONG)
+    return either(max_new_tokens=LONG)
 
 
 @pytest.fixture
-def watch(engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]) -> Iterator[Forwards]:
+def watch(either: Either, forwards: Callable[[Gemma2Engine], Forwards]) -> Iterator[Forwards]:
     """Afterwards: the worker is idle, no KV cache is alive, and the next answer is right."""
-    watching = forwards(engine)
+    watching = forwards(either.engine)
     yield watching
-    engine.join()
+    either.engine.join()
     assert not live_caches()
-    llm = Gemma2LLM(engine=engine, max_new_tokens=8)
-    assert llm.invoke(PROMPT) == reference(engine, PROMPT, 8)
+    assert either(max_new_tokens=8).invoke(PROMPT) == reference(either.engine, PROMPT, 8)
 
 
 def _read_two(stream: Iterator[str]) -> None:
@@ -52,21 +52,21 @@ def _read_two(stream: Iterator[str]) -> None:
     next(stream)
 
 
-def _stop_by_close(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
+def _stop_by_close(llm: Either, halt: Callable[[], None]) -> None:
     stream = llm.stream(PROMPT)
     _read_two(stream)
     halt()
     stream.close()
 
 
-def _stop_by_break(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
+def _stop_by_break(llm: Either, halt: Callable[[], None]) -> None:
     for number, _ in enumerate(llm.stream(PROMPT)):
         if number == 1:
             halt()
             break
 
 
-def _stop_by_dropping(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
+def _stop_by_dropping(llm: Either, halt: Callable[[], None]) -> None:
     stream = llm.stream(PROMPT)
     _read_two(stream)
     halt()
@@ -74,7 +74,7 @@ def _stop_by_dropping(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
     gc.collect()
 
 
-def _stop_by_error(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
+def _stop_by_error(llm: Either, halt: Callable[[], None]) -> None:
     def consume() -> None:
         for number, _ in enumerate(llm.stream(PROMPT)):
             if number == 1:
@@ -85,8 +85,8 @@ def _stop_by_error(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
         consume()
 
 
-def _stop_in_chain(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
-    stream = (PromptTemplate.from_template("{q}") | llm).stream({"q": PROMPT})
+def _stop_in_chain(llm: Either, halt: Callable[[], None]) -> None:
+    stream = (PromptTemplate.from_template("{q}") | llm.model).stream({"q": PROMPT})
     _read_two(stream)
     halt()
     stream.close()
@@ -96,7 +96,7 @@ def _stop_in_chain(llm: Gemma2LLM, halt: Callable[[], None]) -> None:
     "stop", [_stop_by_close, _stop_by_break, _stop_by_dropping, _stop_by_error, _stop_in_chain]
 )
 def test_a_sync_consumer_that_leaves_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards, stop: Callable[[Gemma2LLM, Callable[[], None]], None]
+    llm: Either, watch: Forwards, stop: Callable[[Either, Callable[[], None]], None]
 ) -> None:
     """Held inside a forward while the consumer goes, the model makes no other."""
     reached, release = watch.gate(6)
@@ -114,9 +114,9 @@ def test_a_sync_consumer_that_leaves_stops_the_model(
     reason="langchain-core reads the rest of a parser's input, for tracing, when a sync chain is "
     "closed (Runnable._transform_stream_with_config swallows GeneratorExit); lifted when it stops"
 )
-def test_a_closed_sync_chain_with_a_parser_stops_the_model(llm: Gemma2LLM, watch: Forwards) -> None:
+def test_a_closed_sync_chain_with_a_parser_stops_the_model(llm: Either, watch: Forwards) -> None:
     """Nothing below LangChain can tell its read-ahead from a reader; astream does not have it."""
-    chain = PromptTemplate.from_template("{q}") | llm.bind(max_tokens=40) | StrOutputParser()
+    chain = PromptTemplate.from_template("{q}") | llm.model.bind(max_tokens=40) | StrOutputParser()
     stream = chain.stream({"q": PROMPT})
     _read_two(stream)
     stream.close()
@@ -151,7 +151,7 @@ def _handlers(base: type, on_token: Callable[[], None]) -> Any:
 
 @pytest.mark.parametrize("path", ["stream", "invoke", "batch"])
 def test_a_sync_handler_that_raises_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards, path: str
+    llm: Either, watch: Forwards, path: str
 ) -> None:
     """`raise_error` is how a callback stops an answer; its exception reaches the caller."""
     reached, release = watch.gate(6)
@@ -172,7 +172,7 @@ def test_a_sync_handler_that_raises_stops_the_model(
 @pytest.mark.parametrize("base", [BaseCallbackHandler, AsyncCallbackHandler])
 @pytest.mark.parametrize("path", ["astream", "ainvoke", "abatch"])
 async def test_an_async_handler_that_raises_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards, path: str, base: type
+    llm: Either, watch: Forwards, path: str, base: type
 ) -> None:
     """The same on the async paths, with sync and async handlers."""
     reached, release = watch.gate(6)
@@ -198,10 +198,10 @@ async def test_an_async_handler_that_raises_stops_the_model(
 @pytest.mark.parametrize(
     "path", ["astream", "ainvoke", "abatch", "chain.astream", "chain.ainvoke", "chain.abatch"]
 )
-async def test_a_cancelled_task_stops_the_model(llm: Gemma2LLM, watch: Forwards, path: str) -> None:
+async def test_a_cancelled_task_stops_the_model(llm: Either, watch: Forwards, path: str) -> None:
     """Cancelled while the model is inside its sixth forward, it makes no other."""
     reached, release = watch.gate(6)
-    chain = PromptTemplate.from_template("{q}") | llm | StrOutputParser()
+    chain = PromptTemplate.from_template("{q}") | llm.model | StrOutputParser()
     ask: Any = {"q": PROMPT} if path.startswith("chain") else PROMPT
     runnable: Any = chain if path.startswith("chain") else llm
 
@@ -226,9 +226,10 @@ async def test_a_cancelled_task_stops_the_model(llm: Gemma2LLM, watch: Forwards,
 
 
 async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behind(
-    engine: Gemma2Engine, watch: Forwards
+    either: Either, watch: Forwards
 ) -> None:
     """Its request is submitted after it has gone: by then nobody holds the stream."""
+    engine = either.engine
     reached, release = threading.Event(), threading.Event()
 
     class Slow:
@@ -242,20 +243,20 @@ async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behin
             _wait(release)
             return engine.encode(*prompt, **options)
 
-    slow = Gemma2LLM(engine=Slow(), max_new_tokens=LONG)
+    slow = either.cls(engine=Slow(), max_new_tokens=LONG)
     task = asyncio.create_task(slow.ainvoke(PROMPT))
     await asyncio.to_thread(_wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     release.set()
-    assert await asyncio.wait_for(Gemma2LLM(engine=engine).ainvoke("x", max_tokens=2), 30)
+    assert await asyncio.wait_for(either.ainvoke("x", max_tokens=2), 30)
     await asyncio.to_thread(engine.join)
     assert watch.count <= 1 + 3
 
 
 async def test_an_async_stream_that_is_only_dropped_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards
+    llm: Either, watch: Forwards
 ) -> None:
     """`break` without `aclose`: the event loop closes what nobody holds."""
     reached, release = watch.gate(6)
@@ -275,11 +276,11 @@ async def test_an_async_stream_that_is_only_dropped_stops_the_model(
 
 @pytest.mark.parametrize("parser", [False, True])
 async def test_an_async_stream_left_by_break_and_closed_stops_the_model(
-    llm: Gemma2LLM, watch: Forwards, parser: bool
+    llm: Either, watch: Forwards, parser: bool
 ) -> None:
     """`break` and `aclose` end the model as a cancelled task does, in a chain too."""
     reached, release = watch.gate(6)
-    stream = (llm | StrOutputParser() if parser else llm).astream(PROMPT)
+    stream = (llm.model | StrOutputParser() if parser else llm).astream(PROMPT)
     async for _ in stream:
         break
     await asyncio.to_thread(_wait, reached)
@@ -290,7 +291,7 @@ async def test_an_async_stream_left_by_break_and_closed_stops_the_model(
     assert watch.count <= 7
 
 
-def test_a_long_prompt_is_dropped_within_one_prefill_chunk(llm: Gemma2LLM, watch: Forwards) -> None:
+def test_a_long_prompt_is_dropped_within_one_prefill_chunk(llm: Either, watch: Forwards) -> None:
     """A prefill of 3,000 tokens ends in the chunk in which the caller left, between two layers."""
     reached, release = watch.gate(2)
     layers_run: list[int] = []
@@ -309,7 +310,7 @@ def test_a_long_prompt_is_dropped_within_one_prefill_chunk(llm: Gemma2LLM, watch
     assert layers_run == [1]
 
 
-async def test_a_task_cancelled_in_the_prefill_stops_it(llm: Gemma2LLM, watch: Forwards) -> None:
+async def test_a_task_cancelled_in_the_prefill_stops_it(llm: Either, watch: Forwards) -> None:
     """Before the first token, too, `ainvoke` can be cancelled within one prefill chunk."""
     reached, release = watch.gate(2)
     task = asyncio.create_task(llm.ainvoke("word " * 3000))
@@ -324,7 +325,7 @@ async def test_a_task_cancelled_in_the_prefill_stops_it(llm: Gemma2LLM, watch: F
 
 
 def test_a_request_cancelled_while_it_waits_never_reaches_the_model(
-    llm: Gemma2LLM, watch: Forwards
+    llm: Either, watch: Forwards
 ) -> None:
     """It gets its verdict at once, though the model is busy with another."""
     reached, release = watch.gate(3)
@@ -342,9 +343,7 @@ def test_a_request_cancelled_while_it_waits_never_reaches_the_model(
     assert watch.count == 6
 
 
-def test_cancel_from_another_thread_keeps_the_partial_answer(
-    llm: Gemma2LLM, watch: Forwards
-) -> None:
+def test_cancel_from_another_thread_keeps_the_partial_answer(llm: Either, watch: Forwards) -> None:
     """`cancel` on the stream lets its reader see what was made, and the verdict."""
     reached, release = watch.gate(6)
     stream = llm.engine.submit([_request(llm)])
@@ -360,7 +359,7 @@ def test_cancel_from_another_thread_keeps_the_partial_answer(
     assert whole.startswith("".join(chunk.text for chunk in chunks))
 
 
-def test_a_cancelled_batch_begins_no_further_group(llm: Gemma2LLM, watch: Forwards) -> None:
+def test_a_cancelled_batch_begins_no_further_group(llm: Either, watch: Forwards) -> None:
     """Rows that wait behind the 32 of the first forward get their verdict without one."""
     reached, release = watch.gate(3)
     rows = 3 * MAX_ROWS
@@ -376,7 +375,7 @@ def test_a_cancelled_batch_begins_no_further_group(llm: Gemma2LLM, watch: Forwar
     assert {chunk.index for chunk in verdicts} == {*range(rows)}
 
 
-def test_cancel_may_be_called_at_any_time_and_twice(llm: Gemma2LLM) -> None:
+def test_cancel_may_be_called_at_any_time_and_twice(llm: Either) -> None:
     """Before the first token, after the last, and again: never an error."""
     stream = llm.engine.submit([_request(llm, 3)])
     text = "".join(chunk.text for chunk in stream)
@@ -387,7 +386,7 @@ def test_cancel_may_be_called_at_any_time_and_twice(llm: Gemma2LLM) -> None:
     assert list(stream) == []
 
 
-def test_a_stream_keeps_nothing_alive_once_it_is_dropped(llm: Gemma2LLM, watch: Forwards) -> None:
+def test_a_stream_keeps_nothing_alive_once_it_is_dropped(llm: Either, watch: Forwards) -> None:
     """The worker holds its own end only, so the caller's end can be collected."""
     reached, release = watch.gate(4)
     stream = llm.engine.submit([_request(llm)])
@@ -400,7 +399,7 @@ def test_a_stream_keeps_nothing_alive_once_it_is_dropped(llm: Gemma2LLM, watch: 
     assert watch.count <= 5
 
 
-def test_a_callers_own_forward_is_never_cancelled(llm: Gemma2LLM, watch: Forwards) -> None:
+def test_a_callers_own_forward_is_never_cancelled(llm: Either, watch: Forwards) -> None:
     """The hooks that end our prefill leave a forward on another thread alone."""
     reached, release = watch.gate(1)
     stream = llm.engine.submit([_request(llm)])
@@ -422,11 +421,11 @@ def _wait(event: threading.Event) -> None:
     assert event.wait(30)
 
 
-def _request(llm: Gemma2LLM, limit: int = LONG) -> Request:
+def _request(llm: Either, limit: int = LONG) -> Request:
     return Request(tuple(llm.engine.encode(PROMPT)), SamplingParams(max_new_tokens=limit))
 
 
-def _tensor(llm: Gemma2LLM) -> Any:
+def _tensor(llm: Either) -> Any:
     import torch
 
     return torch.tensor([llm.engine.encode(PROMPT)])
@@ -437,7 +436,7 @@ def test_a_reader_that_stops_reading_stops_the_model_until_it_goes_on(
 ) -> None:
     """Nothing is lost: the model waits at 256 unread chunks, and goes on when they are read."""
     watch = forwards(random_engine)
-    stream = random_engine.submit([_request(Gemma2LLM(engine=random_engine), 300)])
+    stream = random_engine.submit([_request(Either("llm", random_engine), 300)])
     ahead, release = watch.gate(MAX_UNREAD + 30)
     release.set()
     assert not ahead.wait(3)  # proves nothing by passing; fails when the model runs on
@@ -450,6 +449,6 @@ def test_a_reader_that_stops_reading_stops_the_model_until_it_goes_on(
 def test_a_reader_that_stops_reading_holds_up_nobody_else(random_engine: Gemma2Engine) -> None:
     """As soon as another request waits, the one that nobody reads is finished for it."""
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
-    unread = random_engine.submit([_request(llm, 300)])
+    unread = random_engine.submit([_request(Either("llm", random_engine), 300)])
     assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 3)
     assert sum(1 for _ in unread) > MAX_UNREAD

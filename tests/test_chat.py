@@ -12,30 +12,29 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
-from langchain_core.language_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.rate_limiters import InMemoryRateLimiter
-from langchain_core.runnables import ConfigurableField
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
-from tiny import DEMO, Forwards, reference
+from tiny import Forwards, reference
 
 from gemma2_stream import (
     ChatGemma2,
     Gemma2Engine,
     Gemma2LLM,
-    ParameterError,
     PromptTooLongError,
     StructuredOutputError,
 )
+from gemma2_stream.chat import _Call
 
 PROMPT = "Who are you?"
 QUESTIONS = [
@@ -350,3 +349,235 @@ def test_an_engine_error_in_a_batch_is_every_rows_error(chat: ChatGemma2, watch:
             assert answers == [error] * 3
             assert ends.errors == [error] * 3
     assert chat.invoke(PROMPT).text == reference(chat.engine, PROMPT, N)
+
+
+# What an answer says ------------------------------------------------------------------------------
+
+
+def test_a_message_says_what_it_cost_and_why_it_ended(chat: ChatGemma2) -> None:
+    """Usage with cached tokens, reason, names and an id; streamed, on the last chunk alone."""
+    answer = chat.invoke(PROMPT, max_tokens=3)
+    asked = len(chat.engine.encode(PROMPT))
+    usage = {"input_tokens": asked, "output_tokens": 3, "total_tokens": asked + 3}
+    assert answer.usage_metadata == {**usage, "input_token_details": {"cache_read": 0}}
+    said = answer.response_metadata
+    assert said["finish_reason"] == "length"
+    assert said["model_name"] == chat.engine.name
+    assert said["model_provider"] == "gemma2_stream"
+    assert answer.id is not None
+    assert answer.content_blocks == [{"type": "text", "text": answer.text}]
+
+    chunks = list(chat.stream(PROMPT, max_tokens=3))
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert [chunk.chunk_position for chunk in chunks] == [None] * (len(chunks) - 1) + ["last"]
+    assert all(chunk.usage_metadata is None for chunk in chunks[:-1])
+    assert not any("finish_reason" in chunk.response_metadata for chunk in chunks[:-1])
+    total = sum(chunks[1:], chunks[0])
+    assert (total.text, total.usage_metadata) == (answer.text, answer.usage_metadata)
+    assert total.response_metadata["finish_reason"] == "length"
+    assert total.response_metadata["model_provider"] == "gemma2_stream"
+
+
+def test_either_output_version_holds_the_same_text(chat: ChatGemma2) -> None:
+    """v0 is a string, v1 a text block; invoked and streamed."""
+    blocks = chat.model_copy(update={"output_version": "v1"})
+    text = chat.invoke(PROMPT).content
+    assert isinstance(text, str)
+    assert blocks.invoke(PROMPT).content == [{"type": "text", "text": text}]
+    first, *others = blocks.stream(PROMPT)
+    total = sum(others, first)
+    assert [block["text"] for block in total.content_blocks] == [text]
+
+
+@pytest.mark.filterwarnings("ignore:.*is in beta")
+@pytest.mark.parametrize("version", ["v2", "v3"])
+async def test_events_hold_the_whole_answer(chat: ChatGemma2, version: Any) -> None:
+    """Of a stream on an event loop, in both versions of LangChain's events."""
+    expected = reference(chat.engine, PROMPT, N)
+    if version == "v3":
+        stream = await chat.astream_events(PROMPT, version="v3")
+        assert "".join([text async for text in stream.text]) == expected
+        assert "".join(chat.stream_events(PROMPT, version="v3").text) == expected
+        return
+    events = [event async for event in chat.astream_events(PROMPT, version="v2")]
+    streamed = [e["data"]["chunk"].text for e in events if e["event"] == "on_chat_model_stream"]
+    assert "".join(streamed) == expected
+    assert len(streamed) > 3
+
+
+async def test_a_model_that_is_invoked_in_a_node_streams_to_events(chat: ChatGemma2) -> None:
+    """Also after `configurable_fields`, for which LangChain makes the model anew."""
+    configurable = chat.configurable_fields(max_new_tokens=ConfigurableField(id="length"))
+    for model in (chat, configurable.with_config(configurable={"length": N + 1})):
+
+        async def node(question: str, model: Any = model) -> str:
+            return (await model.ainvoke(question)).text
+
+        events = [e async for e in RunnableLambda(node).astream_events(PROMPT, version="v2")]
+        streamed = [e for e in events if e["event"] == "on_chat_model_stream"]
+        assert len(streamed) > 3
+
+
+def test_disabled_streaming_is_one_chunk(chat: ChatGemma2) -> None:
+    """Always, or only where tools are given."""
+    off = chat.model_copy(update={"disable_streaming": True})
+    with_tools = chat.model_copy(update={"disable_streaming": "tool_calling"})
+    assert len([c for c in off.stream(PROMPT) if c.text]) == 1
+    assert len([*with_tools.stream(PROMPT)]) > 3
+    assert len([c for c in with_tools.bind_tools([weather]).stream(PROMPT) if c.text]) <= 1
+
+
+def test_the_profile_says_what_the_model_can_do(chat: ChatGemma2) -> None:
+    """Its context too, where it is known unloaded."""
+    for model in (chat, ChatGemma2("google/gemma-2-9b-it"), ChatGemma2("demo")):
+        assert model.profile is not None
+        assert model.profile["max_input_tokens"] == 8191
+        assert model.profile["structured_output"]
+        assert not model.profile["image_inputs"]
+    assert "max_input_tokens" not in (ChatGemma2("me/mine").profile or {})
+
+
+def test_the_environment_names_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the constructor does not."""
+    monkeypatch.setenv("GEMMA2_STREAM_MODEL", "me/mine")
+    assert ChatGemma2().model == Gemma2LLM().model == "me/mine"
+    assert ChatGemma2("demo").model == "demo"
+
+
+def test_a_call_may_name_another_model(chat: ChatGemma2) -> None:
+    """Its weights answer, it is what the answer and the traces are labelled with."""
+    answer = chat.invoke(PROMPT, model="demo", max_tokens=3)
+    assert answer.response_metadata["model_name"] == "demo"
+    assert chat._get_ls_params(model="demo")["ls_model_name"] == "demo"
+    assert chat.model == chat.engine.name
+
+
+def test_a_rate_limiter_is_asked_once_a_call(chat: ChatGemma2) -> None:
+    """In a batch as well, and it holds nobody up for ever."""
+
+    class Counting(InMemoryRateLimiter):
+        asked = 0
+
+        def acquire(self, *, blocking: bool = True) -> bool:
+            self.asked += 1
+            return True
+
+    limiter = Counting()
+    limited = chat.model_copy(update={"rate_limiter": limiter})
+    limited.invoke(PROMPT, max_tokens=1)
+    limited.batch(QUESTIONS, max_tokens=1)
+    assert limiter.asked == 1 + len(QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tools": [weather]},
+        {"tools": [weather, clock]},
+        {"tools": [weather], "tool_choice": "any"},
+        {"tools": [weather], "parallel_tool_calls": False},
+        {"response_format": {"type": "json_object"}},
+        {"model": "demo"},
+    ],
+    ids=str,
+)
+def test_what_a_call_asks_for_is_in_the_cache_key(chat: ChatGemma2, change: Any) -> None:
+    """Tools, how to call them, and the shape of the answer: each its own entry, found again."""
+    cache = InMemoryCache()
+    cached = chat.model_copy(update={"cache": cache, "max_new_tokens": 4})
+    tools = change.get("tools", ())
+    asked = cached.bind(**{**change, "tools": [convert_to_openai_tool(t) for t in tools]})
+    cached.invoke(PROMPT)
+    first = asked.invoke(PROMPT)
+    assert len(cache._cache) == 2
+    assert asked.invoke(PROMPT).content == first.content
+    assert len(cache._cache) == 2
+
+
+# Rows that a grammar holds ------------------------------------------------------------------------
+
+SHAPE: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "Person", "schema": {}}}
+SHAPE["json_schema"]["schema"] = Person.model_json_schema()
+FORCED = {"tools": [convert_to_openai_tool(clock)], "tool_choice": "any"}
+
+
+@pytest.mark.parametrize("asked", [{"response_format": SHAPE}, FORCED], ids=["shape", "call"])
+def test_a_seed_means_the_same_constrained_answer_alone_and_in_a_batch(
+    chat: ChatGemma2, asked: dict[str, Any]
+) -> None:
+    """Another seed, another answer; each whole within its limit."""
+    hot = chat.bind(**asked, temperature=2.0, max_tokens=80, seed=0)
+
+    def said(answer: Any) -> Any:
+        return [c["args"] for c in answer.tool_calls] or json.loads(answer.text)
+
+    alone = said(hot.invoke(PROMPT))
+    assert said(hot.invoke(PROMPT)) == alone
+    assert said(hot.batch([QUESTIONS[2], PROMPT, "x"])[1]) == alone
+    assert said(asyncio.run(hot.abatch([PROMPT, "x"]))[0]) == alone
+    assert said(hot.bind(seed=1).invoke(PROMPT)) != alone
+
+
+def test_a_constrained_row_beside_free_ones_changes_neither(chat: ChatGemma2) -> None:
+    """In one group of forwards, each row is what it is alone."""
+    shaped = chat._with({"max_tokens": 60})
+    call = _Call(shaped, [HumanMessage(PROMPT)], None, {"response_format": SHAPE})
+    (held,) = call.model._requests([call.turns], raw=False, grammar=call.grammar)
+    (free,) = chat._requests([QUESTIONS[2]], raw=False, grammar=None)
+    streams = chat.engine.submit_each([free, held, free])
+    texts = ["".join(chunk.text for chunk in stream) for stream in streams]
+    assert texts[0] == texts[2] == reference(chat.engine, QUESTIONS[2], N)
+    assert texts[1] == shaped.invoke(PROMPT, response_format=SHAPE).text
+    assert Person.model_validate_json(texts[1])
+
+
+@pytest.mark.parametrize("how", ["close", "task"])
+async def test_a_constrained_answer_is_cancelled_as_any_other(
+    chat: ChatGemma2, watch: Forwards, how: str
+) -> None:
+    """At most one further forward."""
+    shaped = chat.bind(response_format=SHAPE, max_tokens=300)
+    reached, release = watch.gate(5)
+    if how == "close":
+        stream = shaped.stream(PROMPT)
+        next(stream)
+        _wait(reached)
+        stream.close()  # type: ignore[attr-defined]  # it is a generator
+    else:
+        task = asyncio.create_task(shaped.ainvoke(PROMPT))
+        await asyncio.to_thread(_wait, reached)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    release.set()
+    await asyncio.to_thread(chat.engine.join)
+    assert watch.count <= 6
+    assert chat.invoke(PROMPT).text == reference(chat.engine, PROMPT, N)
+
+
+@pytest.mark.parametrize("include_raw", [False, True])
+def test_a_stop_inside_a_structured_answer_ends_it_and_the_parser_says_so(
+    chat: ChatGemma2, include_raw: bool
+) -> None:
+    """The stop is named, with what came before it; raised, or handed over beside the message."""
+    stopping = chat.model_copy(update={"stop": ["age"], "max_new_tokens": 60})
+    shaped = stopping.with_structured_output(Person, include_raw=include_raw)
+    if include_raw:
+        answer = shaped.invoke(PROMPT)
+        assert answer["raw"].response_metadata["matched_stop"] == "age"
+        assert answer["parsed"] is None
+        error = answer["parsing_error"]
+    else:
+        with pytest.raises(StructuredOutputError) as caught:
+            shaped.invoke(PROMPT)
+        error = caught.value
+    assert "stop='age'" in str(error)
+
+
+def test_a_structured_answer_streams_beside_its_raw_message(chat: ChatGemma2) -> None:
+    """With `include_raw` the message grows chunk by chunk, and the object comes with its end."""
+    longer = chat.model_copy(update={"max_new_tokens": 60})
+    parts = list(longer.with_structured_output(Person, include_raw=True).stream(PROMPT))
+    raw = [part["raw"] for part in parts if "raw" in part]
+    parsed = [part["parsed"] for part in parts if part.get("parsed") is not None]
+    assert json.loads(sum(raw[1:], raw[0]).text) == parsed[-1].model_dump()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterable, Callable
 
 import pytest
 import torch
+from either import Either
 from langchain_core.runnables import RunnableLambda
 from tiny import Forwards, greedy, reference
 
@@ -185,10 +186,10 @@ def test_one_thread_runs_everything(random_engine: Gemma2Engine) -> None:
 
 
 def test_a_seed_means_the_same_tokens_alone_in_a_batch_and_beside_others(
-    engine: Gemma2Engine,
+    either: Either,
 ) -> None:
     """Seed 0 counts; another seed differs; without one, two calls differ."""
-    llm = Gemma2LLM(engine=engine, max_new_tokens=12, temperature=2.0)
+    llm = either(max_new_tokens=12, temperature=2.0)
     alone = llm.invoke("x", seed=0)
 
     assert llm.invoke("x", seed=0) == alone
@@ -273,23 +274,23 @@ def test_no_prompts_are_no_work(engine: Gemma2Engine) -> None:
 
 
 def test_a_timeout_ends_the_request_with_its_own_error(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """Sync and async; the model stops, and the next request is served."""
-    watch = forwards(random_engine)
+    watch = forwards(either.engine)
     gates = [watch.gate(2)]
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=400, timeout=0.05)
+    llm = either(max_new_tokens=400, timeout=0.05)
 
     with pytest.raises(GenerationTimeoutError, match=r"timeout=0\.05"):
         llm.invoke("x")
     gates[0][1].set()
-    random_engine.join()
+    either.engine.join()
     assert watch.count <= 3
     _, release = watch.gate(watch.count + 2)
     with pytest.raises(GenerationTimeoutError):
         asyncio.run(llm.ainvoke("x"))
     release.set()
-    assert llm.invoke("x", timeout=60, max_new_tokens=3) == reference(random_engine, "x", 3)
+    assert llm.invoke("x", timeout=60, max_new_tokens=3) == reference(either.engine, "x", 3)
 
 
 # Stops that the engine resolves ------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from either import Either, text_of
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
@@ -25,8 +26,8 @@ class Broken(RuntimeError):
     """Raised inside the model."""
 
 
-def _chain(llm: Gemma2LLM) -> Any:
-    return RunnableLambda(str) | llm | StrOutputParser()
+def _chain(llm: Either) -> Any:
+    return RunnableLambda(str) | llm.model | StrOutputParser()
 
 
 class Errors(BaseCallbackHandler):
@@ -47,7 +48,7 @@ async def _astream(llm: Any, config: Any) -> str:
     return "".join([text async for text in llm.astream(PROMPT, config)])
 
 
-PATHS: dict[str, Callable[[Gemma2LLM, Any], Any]] = {
+PATHS: dict[str, Callable[[Either, Any], Any]] = {
     "invoke": lambda llm, config: llm.invoke(PROMPT, config),
     "stream": lambda llm, config: "".join(llm.stream(PROMPT, config)),
     "batch": lambda llm, config: llm.batch([PROMPT], config)[0],
@@ -75,7 +76,7 @@ ERRORS = {
     ],
 )
 def test_an_exception_reaches_the_caller_unchanged(
-    engine: Gemma2Engine,
+    either: Either,
     forwards: Callable[[Gemma2Engine], Forwards],
     path: str,
     error: str,
@@ -83,9 +84,9 @@ def test_an_exception_reaches_the_caller_unchanged(
 ) -> None:
     """At the first forward or in the middle: itself, with the traceback to where it was raised;
     `on_llm_error` fires once, the memory is free though the error is kept, the next is served."""
+    engine, llm = either.engine, either(max_new_tokens=6)
     watch, handler = forwards(engine), Errors()
     watch.fail_at[step] = ERRORS[error]
-    llm = Gemma2LLM(engine=engine, max_new_tokens=6)
 
     with pytest.raises(type(ERRORS[error])) as caught:
         PATHS[path](llm, {"callbacks": [handler]})
@@ -150,13 +151,13 @@ def test_an_exception_in_a_logits_processor_reaches_the_caller(
 
 
 def test_requests_that_wait_behind_a_failing_one_are_served(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """The failure is the failing request's alone."""
-    watch = forwards(random_engine)
+    watch = forwards(either.engine)
     reached, release = watch.gate(2)
     watch.fail_at[2] = Broken("mid")
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=5)
+    llm = either(max_new_tokens=5)
     expected = []
 
     failing = llm.stream(PROMPT)
@@ -170,17 +171,17 @@ def test_requests_that_wait_behind_a_failing_one_are_served(
         list(failing)
     for thread in waiting:
         thread.join()
-    assert expected == [reference(random_engine, PROMPT, 5)] * 3
+    assert expected == [reference(either.engine, PROMPT, 5)] * 3
 
 
 async def test_tasks_that_wait_behind_a_failing_one_are_served(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """On the event loop too; a batch that waits is a batch that is answered."""
-    watch = forwards(random_engine)
+    watch = forwards(either.engine)
     reached, release = watch.gate(2)
     watch.fail_at[2] = error = Broken("mid")
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=5)
+    llm = either(max_new_tokens=5)
 
     failing = asyncio.create_task(llm.ainvoke(PROMPT))
     assert await asyncio.to_thread(reached.wait, 30)
@@ -188,16 +189,16 @@ async def test_tasks_that_wait_behind_a_failing_one_are_served(
     release.set()
     assert await asyncio.gather(failing, return_exceptions=True) == [error]
     answers = await asyncio.gather(*waiting)
-    assert answers == [[reference(random_engine, PROMPT, 5)] * 2] * 2
+    assert answers == [[reference(either.engine, PROMPT, 5)] * 2] * 2
 
 
 def test_a_batch_that_fails_returns_its_exceptions(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """`return_exceptions=True` gives the exception for each row, and every run says it once."""
-    watch, handler = forwards(random_engine), Errors()
+    watch, handler = forwards(either.engine), Errors()
     watch.fail_at[2] = error = Broken("mid")
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=5)
+    llm = either(max_new_tokens=5)
 
     config = {"callbacks": [handler]}
     assert llm.batch([PROMPT, "b"], config, return_exceptions=True) == [error, error]
@@ -205,21 +206,22 @@ def test_a_batch_that_fails_returns_its_exceptions(
 
 
 def test_retry_and_fallbacks_see_the_real_exception(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """`with_retry` and `with_fallbacks` select by type, so the type must be the real one."""
-    watch = forwards(random_engine)
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=5)
-    expected = reference(random_engine, PROMPT, 5)
+    watch = forwards(either.engine)
+    llm = either(max_new_tokens=5)
+    expected = reference(either.engine, PROMPT, 5)
     at = watch.count
 
     watch.fail_at[at + 1] = Broken("once")
     retried = llm.with_retry(
         retry_if_exception_type=(Broken,), stop_after_attempt=2, wait_exponential_jitter=False
     )
-    assert retried.invoke(PROMPT) == expected
+    assert text_of(retried.invoke(PROMPT)) == expected
     watch.fail_at[watch.count + 1] = Broken("again")
-    assert llm.with_fallbacks([llm], exceptions_to_handle=(Broken,)).invoke(PROMPT) == expected
+    fallen = llm.with_fallbacks([llm.model], exceptions_to_handle=(Broken,))
+    assert text_of(fallen.invoke(PROMPT)) == expected
 
 
 def test_float16_that_overflows_is_refused_by_name(random_engine: Gemma2Engine) -> None:

@@ -18,7 +18,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from hub_server import COMMIT, SHARD, Hub, checkpoint, litter, names
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.load import dumpd
+from langchain_core.runnables import ConfigurableField
 
+from gemma2_stream import ChatGemma2, Gemma2LLM
 from gemma2_stream import hub as hub_module
 from gemma2_stream.errors import (
     CheckpointError,
@@ -179,6 +184,47 @@ def test_a_broken_transfer_goes_on_where_it_stopped(model: str, hub: Hub, cache:
     (again,) = hub.asked(SHARD)
     assert again.headers["Range"].startswith("bytes=1")
     assert int(again.headers["Range"][6:-1]) >= 10_000_000
+
+
+@both
+@pytest.mark.parametrize("kind", [Gemma2LLM, ChatGemma2])
+def test_a_broken_transfer_is_taken_up_again_max_retries_times(
+    kind: type[Gemma2LLM | ChatGemma2], model: str, hub: Hub, cache: Path
+) -> None:
+    """So often and no more: one failure beyond it is the caller's, who can begin again."""
+    hub.busy[SHARD] = 5
+    with pytest.raises(DownloadError, match="broke off"):
+        _ = kind(model, cache_dir=cache, max_retries=2).engine
+    assert len(hub.asked(SHARD)) == 3
+    with pytest.raises(CheckpointError):  # complete, and what arrived are no weights
+        _ = kind(model, cache_dir=cache, max_retries=2).engine
+    assert len(hub.asked(SHARD)) == 6
+    assert len(hub.asked("tokenizer.json")) == 1
+
+
+@both
+def test_nothing_but_a_broken_transfer_is_tried_again(model: str, hub: Hub, cache: Path) -> None:
+    """A refusal is final; and without `max_retries` so is a break."""
+    hub.status = 403
+    with pytest.raises(ModelAccessError):
+        resolve(model, cache_dir=cache, max_retries=3)
+    assert len(hub.requests) == 1
+    hub.status, hub.silent = None, True
+    hub.requests.clear()
+    with pytest.raises(DownloadError):
+        resolve(model, cache_dir=cache)
+    once = len(hub.requests)
+    with pytest.raises(DownloadError):
+        resolve(model, cache_dir=cache, max_retries=2)
+    assert len(hub.requests) == once + 3 * once
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "often"])
+@pytest.mark.parametrize("kind", [Gemma2LLM, ChatGemma2])
+def test_max_retries_is_a_whole_number(kind: type, wrong: object) -> None:
+    """Said by the constructor, with the value."""
+    with pytest.raises(ParameterError, match=f"max_retries={wrong!r}"):
+        kind("demo", max_retries=wrong)
 
 
 @both
@@ -502,6 +548,83 @@ def test_the_hub_itself_sees_the_token_and_its_cdn_does_not(
     assert len(to_cdn) + len(to_hub) == len(hub.requests)
     assert f"Bearer {SECRET}" in to_hub
     assert SECRET not in "".join(capfd.readouterr()) + caplog.text
+
+
+KEY = "hf_given9876543210"
+
+
+@both
+@pytest.mark.parametrize("kind", [Gemma2LLM, ChatGemma2])
+def test_an_api_key_goes_before_the_environments_and_to_the_hub_itself_only(
+    kind: type[Gemma2LLM | ChatGemma2],
+    model: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Through the models themselves: not to the CDN, a log, or an error."""
+    certificate = tmp_path / "certificate.pem"
+    tls = authority(certificate, ["huggingface.co", "modelscope.cn", "cdn.example"])
+    for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, str(certificate))
+    caplog.set_level(logging.DEBUG)
+    with Hub(checkpoint(), tls=tls, cdn="https://cdn.example") as hub:
+        monkeypatch.setenv("HTTPS_PROXY", hub.url)
+        huggingface_hub.close_session()
+        with pytest.raises(CheckpointError) as caught:  # what arrives are no weights
+            _ = kind(model, api_key=KEY, cache_dir=cache).engine
+        huggingface_hub.close_session()
+    to_cdn = [str(r.headers) for r in hub.requests if r.headers["Host"] == "cdn.example"]
+    to_hub = [r.headers["Authorization"] for r in hub.requests if r.headers["Host"] in OWN]
+    assert len(to_cdn) == 3
+    assert KEY not in "".join(to_cdn)
+    assert f"Bearer {KEY}" in to_hub
+    assert f"Bearer {SECRET}" not in to_hub
+    assert KEY not in "".join(capfd.readouterr()) + caplog.text + repr(caught.value)
+
+
+@both
+@pytest.mark.parametrize("kind", [Gemma2LLM, ChatGemma2])
+def test_a_mirror_sees_no_api_key(
+    kind: type[Gemma2LLM | ChatGemma2], model: str, hub: Hub, cache: Path
+) -> None:
+    """Though it was given with the model."""
+    with pytest.raises(CheckpointError):
+        _ = kind(model, api_key=KEY, cache_dir=cache).engine
+    assert len(hub.requests) > len(checkpoint())
+    assert not [r for r in hub.requests if KEY in f"{r.path} {r.headers}"]
+    assert not [r for r in hub.requests if r.headers["Authorization"] or r.headers["Cookie"]]
+
+
+@pytest.mark.parametrize("kind", [Gemma2LLM, ChatGemma2])
+def test_an_api_key_is_in_no_repr_trace_or_cache_key(kind: type[Gemma2LLM | ChatGemma2]) -> None:
+    """What LangChain prints, sends to a tracer, saves, or looks an answer up by."""
+    lookups, traced = InMemoryCache(), Traced()
+    model = kind("demo", api_key=KEY, max_new_tokens=1, cache=lookups)
+    model.invoke("Hello", {"callbacks": [traced]})
+    configured = model.configurable_fields(max_new_tokens=ConfigurableField(id="length"))
+    configured.with_config(configurable={"length": 2}).invoke("Hello", {"callbacks": [traced]})
+    assert len(traced.told) == len(lookups._cache) == 2
+    shown = [model, configured, traced.told, lookups._cache, dumpd(model), model.model_dump()]
+    shown += [model._identifying_params, model._get_ls_params(), model.__dict__]
+    assert KEY not in "".join(map(repr, shown)) + str(model) + json.dumps(dumpd(configured))
+    assert model.api_key is not None
+    assert model.api_key.get_secret_value() == KEY
+
+
+class Traced(BaseCallbackHandler):
+    """All that a tracer is told at the start of a run."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def on_llm_start(self, *args: object, **kwargs: object) -> None:
+        self.told.append((args, kwargs))
+
+    def on_chat_model_start(self, *args: object, **kwargs: object) -> None:
+        self.told.append((args, kwargs))
 
 
 def authority(path: Path, hosts: list[str]) -> ssl.SSLContext:

@@ -1,4 +1,7 @@
-"""`Gemma2LLM` as LangChain's users know an LLM: stops, callbacks, parameters, caches, events."""
+"""What LangChain's users know of a model: stops, callbacks, parameters, caches, events.
+
+What holds for `ChatGemma2` as well is asked of both: those tests take `both` or `either`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from either import Either, text_of
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
@@ -20,7 +24,7 @@ from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField
 from tiny import DEMO, Forwards, reference
 
-from gemma2_stream import Gemma2_LLM, Gemma2Engine, Gemma2LLM, ParameterError
+from gemma2_stream import ChatGemma2, Gemma2_LLM, Gemma2Engine, Gemma2LLM, ParameterError
 
 PROMPT = "Who are you?"
 N = 16
@@ -29,6 +33,11 @@ N = 16
 @pytest.fixture
 def llm(engine: Gemma2Engine) -> Gemma2LLM:
     return Gemma2LLM(engine=engine, max_new_tokens=N)
+
+
+@pytest.fixture
+def both(either: Either) -> Either:
+    return either(max_new_tokens=N)
 
 
 # Stops -------------------------------------------------------------------------------------------
@@ -49,44 +58,43 @@ async def _all_paths(llm: Any, prompt: str, **kwargs: Any) -> list[str]:
 @pytest.mark.parametrize("start", [0, 1, 7, -3])
 @pytest.mark.parametrize("length", [1, 3, 20])
 async def test_text_is_cut_before_a_stop_wherever_it_falls(
-    llm: Gemma2LLM, start: int, length: int
+    both: Either, start: int, length: int
 ) -> None:
     """In the first token, across tokens, in the last; no part of it leaks, on any path."""
-    whole = reference(llm.engine, PROMPT, N)
+    whole = reference(both.engine, PROMPT, N)
     stop = whole[start:][:length]
-    assert await _all_paths(llm, PROMPT, stop=[stop]) == [whole[: whole.index(stop)]] * 6
+    assert await _all_paths(both, PROMPT, stop=[stop]) == [whole[: whole.index(stop)]] * 6
 
 
 def test_generation_ends_with_the_stop(
-    llm: Gemma2LLM, forwards: Callable[[Gemma2Engine], Forwards]
+    both: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """The step that completes the stop is the last forward, and the verdict names it."""
-    chunks = list(llm._stream(PROMPT))
+    chunks = both.chunks(PROMPT)
     stop = chunks[3].text
     before = next(i for i, chunk in enumerate(chunks) if stop in chunk.text)
-    watch = forwards(llm.engine)
-    info = llm.generate([PROMPT], stop=["never said", stop]).generations[0][0].generation_info
-    assert info is not None
+    watch = forwards(both.engine)
+    info = both.info(PROMPT, stop=["never said", stop])
     assert (info["finish_reason"], info["matched_stop"]) == ("stop", stop)
     assert watch.count == before + 1 == info["token_usage"]["completion_tokens"]
 
 
-def test_a_stop_that_is_half_said_is_given_back(llm: Gemma2LLM) -> None:
+def test_a_stop_that_is_half_said_is_given_back(both: Either) -> None:
     """What was held for a stop that never came is text after all."""
-    whole = reference(llm.engine, PROMPT, N)
-    assert llm.invoke(PROMPT, stop=[whole[-2:] + "…"]) == whole
+    whole = reference(both.engine, PROMPT, N)
+    assert both.invoke(PROMPT, stop=[whole[-2:] + "…"]) == whole
 
 
-async def test_stops_of_the_instance_and_of_the_call_add_up(engine: Gemma2Engine) -> None:
+async def test_stops_of_the_instance_and_of_the_call_add_up(both: Either) -> None:
     """Neither replaces the other, on any path: the one that comes first cuts."""
-    whole = reference(engine, PROMPT, N)
+    whole = reference(both.engine, PROMPT, N)
     early, late = whole[2:5], whole[8:12]
     for mine, yours in ((early, late), (late, early)):
-        llm = Gemma2LLM(engine=engine, max_new_tokens=N, stop=[mine])
+        one = both(max_new_tokens=N, stop=[mine])
         expected = whole[: whole.index(early)]
-        assert await _all_paths(llm, PROMPT, stop=[yours]) == [expected] * 6
-        assert await _all_paths(llm.bind(stop=[yours]), PROMPT) == [expected] * 6
-        assert llm.sampling_params.stop == (mine,)
+        assert await _all_paths(one, PROMPT, stop=[yours]) == [expected] * 6
+        assert await _all_paths(one.over(one.bind(stop=[yours])), PROMPT) == [expected] * 6
+        assert one.sampling_params.stop == (mine,)
 
 
 # Callbacks ---------------------------------------------------------------------------------------
@@ -129,7 +137,7 @@ class AsyncRecord(AsyncCallbackHandler, Record):
 @pytest.mark.parametrize("kind", [Record, AsyncRecord])
 @pytest.mark.parametrize("path", ["invoke", "stream", "batch", "ainvoke", "astream", "abatch"])
 async def test_each_token_reaches_each_handler_once_and_in_order(
-    llm: Gemma2LLM, path: str, kind: type[Record]
+    both: Either, path: str, kind: type[Record]
 ) -> None:
     """Every path, sync and async handlers, every row by its own run; then the end, with reason,
     usage and model name; async handlers on the caller's loop where there is one."""
@@ -137,20 +145,20 @@ async def test_each_token_reaches_each_handler_once_and_in_order(
     config: Any = {"callbacks": handlers}
     prompts = [PROMPT, "x"] if "batch" in path else [PROMPT]
     if path in ("invoke", "stream"):
-        call = getattr(llm, path)
+        call = getattr(both, path)
         # A sync path with an async handler runs it elsewhere: not from inside a running loop.
         text = await asyncio.to_thread(lambda: "".join(call(PROMPT, config)))
         texts = [text]
     elif path == "batch":
-        texts = await asyncio.to_thread(llm.batch, prompts, config)
+        texts = await asyncio.to_thread(both.batch, prompts, config)
     elif path == "ainvoke":
-        texts = [await llm.ainvoke(PROMPT, config)]
+        texts = [await both.ainvoke(PROMPT, config)]
     elif path == "astream":
-        texts = ["".join([text async for text in llm.astream(PROMPT, config)])]
+        texts = ["".join([text async for text in both.astream(PROMPT, config)])]
     else:
-        texts = await llm.abatch(prompts, config)
+        texts = await both.abatch(prompts, config)
 
-    assert texts == [reference(llm.engine, prompt, N) for prompt in prompts]
+    assert texts == [reference(both.engine, prompt, N) for prompt in prompts]
     for handler in handlers:
         assert sorted("".join(tokens) for tokens in handler.tokens.values()) == sorted(texts)
         assert handler.tokens == handler.chunks
@@ -161,7 +169,7 @@ async def test_each_token_reaches_each_handler_once_and_in_order(
             assert row[0].text == "".join(handler.tokens[run])
             info = row[0].generation_info
             assert info["finish_reason"] in ("stop", "length")
-            assert info["model_name"] == llm.engine.name
+            assert info["model_name"] == both.engine.name
             usage = info["token_usage"]
             assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
             assert usage["cached_tokens"] == 0
@@ -169,10 +177,10 @@ async def test_each_token_reaches_each_handler_once_and_in_order(
             assert handler.loops == {asyncio.get_running_loop()}
 
 
-async def test_handlers_of_the_constructor_and_of_a_chain_are_told_too(llm: Gemma2LLM) -> None:
+async def test_handlers_of_the_constructor_and_of_a_chain_are_told_too(both: Either) -> None:
     """Wherever a handler was given, it gets each token once, for each row of a batch as well."""
-    mine, chains, expected = Record(), Record(), reference(llm.engine, PROMPT, N)
-    heard = Gemma2LLM(engine=llm.engine, max_new_tokens=N, callbacks=[mine])
+    mine, chains, expected = Record(), Record(), reference(both.engine, PROMPT, N)
+    heard = both(max_new_tokens=N, callbacks=[mine]).model
     chain: Any = PromptTemplate.from_template("{q}") | heard | StrOutputParser()
     ask, config = {"q": PROMPT}, {"callbacks": [chains]}
     runs = [
@@ -190,11 +198,11 @@ async def test_handlers_of_the_constructor_and_of_a_chain_are_told_too(llm: Gemm
         assert record.ends.keys() == record.tokens.keys()
 
 
-def test_a_token_is_told_before_it_is_yielded(llm: Gemma2LLM) -> None:
+def test_a_token_is_told_before_it_is_yielded(both: Either) -> None:
     """When the caller has text, the handlers have had it."""
     record = Record()
     got = ""
-    for text in llm.stream(PROMPT, {"callbacks": [record]}):
+    for text in both.stream(PROMPT, {"callbacks": [record]}):
         got += text
         (tokens,) = record.tokens.values()
         assert "".join(tokens) == got
@@ -214,27 +222,27 @@ def test_the_usage_of_a_batch_adds_up(llm: Gemma2LLM) -> None:
 # Parameters --------------------------------------------------------------------------------------
 
 
-def test_parameters_are_honoured_and_read_back(llm: Gemma2LLM) -> None:
+def test_parameters_are_honoured_and_read_back(both: Either) -> None:
     """On the instance, per call, by either name; the call wins."""
-    assert llm.sampling_params.max_new_tokens == N
-    assert Gemma2LLM(max_tokens=5).max_new_tokens == 5
+    assert both.sampling_params.max_new_tokens == N
+    assert both.cls(max_tokens=5).max_new_tokens == 5
     for name in ("max_new_tokens", "max_tokens"):
-        info = llm.generate([PROMPT], **{name: 2}).generations[0][0].generation_info
+        info = both.info(PROMPT, **{name: 2})
         assert info["token_usage"]["completion_tokens"] == 2
-        assert "".join(llm.stream(PROMPT, **{name: 2})) == reference(llm.engine, PROMPT, 2)
-    assert llm.invoke(PROMPT, temperature=None) == reference(llm.engine, PROMPT, N)
+        assert "".join(both.stream(PROMPT, **{name: 2})) == reference(both.engine, PROMPT, 2)
+    assert both.invoke(PROMPT, temperature=None) == reference(both.engine, PROMPT, N)
 
 
 @pytest.mark.parametrize(
     "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-9}], ids=str
 )
-def test_what_narrows_the_choice_to_one_is_greedy(llm: Gemma2LLM, narrow: dict[str, Any]) -> None:
+def test_what_narrows_the_choice_to_one_is_greedy(both: Either, narrow: dict[str, Any]) -> None:
     """Each sampling parameter reaches the model, on the instance and in the call."""
     hot = {"temperature": 5.0, **narrow}
-    expected = reference(llm.engine, PROMPT, N)
-    assert llm.invoke(PROMPT, temperature=5.0) != expected
-    assert llm.invoke(PROMPT, **hot) == expected
-    assert Gemma2LLM(engine=llm.engine, max_new_tokens=N, **hot).invoke(PROMPT) == expected
+    expected = reference(both.engine, PROMPT, N)
+    assert both.invoke(PROMPT, temperature=5.0) != expected
+    assert both.invoke(PROMPT, **hot) == expected
+    assert both(max_new_tokens=N, **hot).invoke(PROMPT) == expected
 
 
 def test_the_repetition_penalty_is_that_of_generate(llm: Gemma2LLM) -> None:
@@ -275,14 +283,14 @@ def test_the_repetition_penalty_is_that_of_generate(llm: Gemma2LLM) -> None:
     ],
 )
 def test_a_wrong_parameter_is_refused_before_any_forward(
-    random_engine: Gemma2Engine,
+    either: Either,
     forwards: Callable[[Gemma2Engine], Forwards],
     wrong: dict[str, Any],
     message: str,
 ) -> None:
     """On every path, and (where it can be known) in the constructor: value and repair named."""
-    watch = forwards(random_engine)
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
+    watch = forwards(either.engine)
+    llm = either(max_new_tokens=3)
     for call in (
         lambda: llm.invoke(PROMPT, **wrong),
         lambda: list(llm.stream(PROMPT, **wrong)),
@@ -290,15 +298,16 @@ def test_a_wrong_parameter_is_refused_before_any_forward(
         lambda: asyncio.run(llm.ainvoke(PROMPT, **wrong)),
         lambda: asyncio.run(llm.abatch([PROMPT], **wrong)),
         lambda: asyncio.run(anext(llm.astream(PROMPT, **wrong))),
-        lambda: llm.generate([PROMPT], **wrong),
+        lambda: llm.info(PROMPT, **wrong),
         lambda: llm.bind(**wrong).invoke(PROMPT),
-        lambda: Gemma2LLM(engine=random_engine, **wrong).invoke(PROMPT),
+        lambda: either(**wrong).invoke(PROMPT),
     ):
         with pytest.raises(ParameterError, match=message):
             call()
     assert watch.count == 0
 
 
+@pytest.mark.parametrize("kind", [Gemma2LLM, ChatGemma2])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -310,11 +319,11 @@ def test_a_wrong_parameter_is_refused_before_any_forward(
     ],
 )
 def test_a_wrong_loading_parameter_is_refused_by_the_constructor(
-    wrong: dict[str, Any], message: str
+    kind: type, wrong: dict[str, Any], message: str
 ) -> None:
     """Before anything is loaded."""
     with pytest.raises(ParameterError, match=message):
-        Gemma2LLM(**wrong)
+        kind(**wrong)
 
 
 def test_loading_parameters_beside_an_engine_are_refused(random_engine: Gemma2Engine) -> None:
@@ -364,10 +373,10 @@ def cache() -> Iterator[InMemoryCache]:
     ],
 )
 def test_no_two_configurations_share_a_cache_entry(
-    random_engine: Gemma2Engine, cache: InMemoryCache, change: dict[str, Any]
+    either: Either, cache: InMemoryCache, change: dict[str, Any]
 ) -> None:
     """As fields and as per-call arguments, which langchain-core itself leaves out of the key."""
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
+    llm = either(max_new_tokens=3)
     llm.invoke(PROMPT)
     assert len(cache._cache) == 1
     llm.invoke(PROMPT, **change)
@@ -375,7 +384,7 @@ def test_no_two_configurations_share_a_cache_entry(
     asyncio.run(llm.ainvoke(PROMPT, **change))
     llm.bind(**change).invoke(PROMPT)
     assert len(cache._cache) == 2
-    Gemma2LLM(engine=random_engine, **{"max_new_tokens": 3, **_canonical(change)}).invoke(PROMPT)
+    either(**{"max_new_tokens": 3, **_canonical(change)}).invoke(PROMPT)
     assert len(cache._cache) <= 3
 
 
@@ -458,29 +467,30 @@ async def test_events_carry_each_token(llm: Gemma2LLM) -> None:
     assert "".join(streamed) == expected
 
 
-def test_chains_bindings_and_configs_behave(llm: Gemma2LLM) -> None:
+def test_chains_bindings_and_configs_behave(both: Either) -> None:
     """RunnableSequence, bind, with_config and batch with max_concurrency."""
-    expected = reference(llm.engine, PROMPT, N)
-    chain = PromptTemplate.from_template("{q}") | llm | StrOutputParser()
+    expected = reference(both.engine, PROMPT, N)
+    chain = PromptTemplate.from_template("{q}") | both.model | StrOutputParser()
     assert chain.invoke({"q": PROMPT}) == "".join(chain.stream({"q": PROMPT})) == expected
     assert chain.batch([{"q": PROMPT}] * 3) == [expected] * 3
-    assert llm.bind(max_tokens=3).invoke(PROMPT) == reference(llm.engine, PROMPT, 3)
+    assert text_of(both.bind(max_tokens=3).invoke(PROMPT)) == reference(both.engine, PROMPT, 3)
     record = Record()
-    named = llm.with_config(run_name="mine", callbacks=[record], tags=["t"])
-    assert named.invoke(PROMPT) == expected
+    named = both.with_config(run_name="mine", callbacks=[record], tags=["t"])
+    assert text_of(named.invoke(PROMPT)) == expected
     assert len(record.ends) == 1
-    assert llm.batch([PROMPT] * 3, {"max_concurrency": 2}) == [expected] * 3
+    assert both.batch([PROMPT] * 3, {"max_concurrency": 2}) == [expected] * 3
 
 
-def test_configurable_fields_rebuild_the_model_for_nothing(llm: Gemma2LLM) -> None:
+def test_configurable_fields_rebuild_the_model_for_nothing(both: Either) -> None:
     """LangChain makes a new object per call; the engine is the same and nothing is lost."""
-    configurable = llm.configurable_fields(
+    configurable = both.configurable_fields(
         max_new_tokens=ConfigurableField(id="length"), temperature=ConfigurableField(id="warmth")
     )
-    short = configurable.with_config(configurable={"length": 2})
-    assert configurable.invoke(PROMPT) == reference(llm.engine, PROMPT, N)
-    assert short.invoke(PROMPT) == reference(llm.engine, PROMPT, 2)
-    assert "".join(short.stream(PROMPT)) == reference(llm.engine, PROMPT, 2)
+    long = both.over(configurable)
+    short = both.over(configurable.with_config(configurable={"length": 2}))
+    assert long.invoke(PROMPT) == reference(both.engine, PROMPT, N)
+    assert short.invoke(PROMPT) == reference(both.engine, PROMPT, 2)
+    assert "".join(short.stream(PROMPT)) == reference(both.engine, PROMPT, 2)
 
 
 def test_langsmith_parameters_are_right(llm: Gemma2LLM) -> None:
@@ -523,10 +533,10 @@ def test_a_model_with_an_engine_of_its_own_says_why_it_does_not_pickle(llm: Gemm
         pickle.dumps(llm)
 
 
-def test_a_repr_shows_parameters_and_no_objects(llm: Gemma2LLM) -> None:
+def test_a_repr_shows_parameters_and_no_objects(both: Either) -> None:
     """Traces send it: it must hold neither engine nor tokenizer."""
-    assert "Gemma2Engine" not in repr(llm)
-    assert "max_new_tokens=16" in repr(llm)
+    assert "Gemma2Engine" not in repr(both.model)
+    assert "max_new_tokens=16" in repr(both.model)
 
 
 # The tutorial's name ---------------------------------------------------------------------------

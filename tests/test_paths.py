@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from either import Either
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.outputs import GenerationChunk
+from langchain_core.outputs import ChatGenerationChunk, GenerationChunk
 from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, reference, template_ids
 
@@ -31,26 +32,29 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-async def test_every_path_says_what_bare_generate_says(engine: Gemma2Engine, prompt: str) -> None:
+async def test_every_path_says_what_bare_generate_says(either: Either, prompt: str) -> None:
     """invoke, stream, astream, ainvoke, batch and abatch equal a bare greedy generate, decoded."""
-    llm = Gemma2LLM(engine=engine, max_new_tokens=N)
-    expected = reference(engine, prompt, N)
+    llm = either(max_new_tokens=N)
+    expected = reference(either.engine, prompt, N)
 
     assert llm.invoke(prompt) == expected
     assert "".join(llm.stream(prompt)) == expected
     assert "".join([text async for text in llm.astream(prompt)]) == expected
     assert await llm.ainvoke(prompt) == expected
-    assert llm._call(prompt) == expected
-    assert await llm._acall(prompt) == expected
+    if either.kind == "llm":
+        assert llm._call(prompt) == expected
+        assert await llm._acall(prompt) == expected
 
 
-async def test_each_row_of_a_batch_is_the_prompt_alone(engine: Gemma2Engine) -> None:
+async def test_each_row_of_a_batch_is_the_prompt_alone(either: Either) -> None:
     """Rows of different lengths, in shared forwards, are exact in float32."""
-    llm = Gemma2LLM(engine=engine, max_new_tokens=N)
-    expected = [reference(engine, prompt, N) for prompt in PROMPTS]
+    llm = either(max_new_tokens=N)
+    expected = [reference(either.engine, prompt, N) for prompt in PROMPTS]
 
     assert llm.batch(PROMPTS) == expected
     assert await llm.abatch(PROMPTS) == expected
+    if either.kind == "chat":
+        return
     assert [row[0].text for row in llm.generate(PROMPTS).generations] == expected
     assert [row[0].text for row in llm._generate(PROMPTS).generations] == expected
     assert [row[0].text for row in (await llm._agenerate(PROMPTS)).generations] == expected
@@ -70,16 +74,17 @@ def test_prompt_ids_are_the_chat_templates(engine: Gemma2Engine) -> None:
         assert engine.encode(prompt) == template_ids(engine, prompt)
 
 
+@pytest.mark.parametrize("kind", ["llm", "chat"])
 @pytest.mark.parametrize("script", TEXTS)
 async def test_answers_in_any_script_arrive_exactly(
-    say: Callable[..., Gemma2Engine], script: str
+    say: Callable[..., Gemma2Engine], script: str, kind: str
 ) -> None:
     """Whatever the script, the joined stream is the text, on every path, and no chunk is empty."""
     text = TEXTS[script]
     engine = say("go", ids := _ids(say("go", []), text))
-    llm = Gemma2LLM(engine=engine)
+    llm = Either(kind, engine)
 
-    chunks = list(llm._stream("go"))
+    chunks = llm.chunks("go")
 
     assert engine.tokenizer.decode(ids) == text
     assert "".join(chunk.text for chunk in chunks) == text == llm.invoke("go")
@@ -155,28 +160,28 @@ def test_an_unfinished_run_of_bytes_decodes_as_decode_does(
 
 
 def test_the_first_chunk_is_out_before_the_second_step_is_done(
-    engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """While the model is provably inside its second forward, the caller has the first text."""
-    watch = forwards(engine)
+    watch = forwards(either.engine)
     reached, release = watch.gate(2)
 
-    stream = Gemma2LLM(engine=engine, max_new_tokens=4).stream("Who are you?")
+    stream = either(max_new_tokens=4).stream("Who are you?")
     first = next(stream)
     assert reached.wait(30)
     assert first
     assert watch.count == 2
     release.set()
-    assert "".join([first, *stream]) == reference(engine, "Who are you?", 4)
+    assert "".join([first, *stream]) == reference(either.engine, "Who are you?", 4)
 
 
 async def test_the_first_async_chunk_is_out_before_the_second_step_is_done(
-    engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    either: Either, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """The same for `astream`, in a chain with a parser."""
-    watch = forwards(engine)
+    watch = forwards(either.engine)
     reached, release = watch.gate(2)
-    chain = PromptTemplate.from_template("{q}") | Gemma2LLM(engine=engine) | StrOutputParser()
+    chain = PromptTemplate.from_template("{q}") | either.model | StrOutputParser()
 
     stream = chain.astream({"q": "Who are you?"})
     first = ""
@@ -196,24 +201,24 @@ def test_text_that_spells_a_control_token_ends_nothing(say: Callable[..., Gemma2
     assert llm.invoke("go") == "".join(llm.stream("go")) == text
 
 
-def test_only_the_last_chunk_carries_the_verdict(engine: Gemma2Engine) -> None:
+def test_only_the_last_chunk_carries_the_verdict(either: Either) -> None:
     """Reason, usage and model name are on one chunk, so that LangChain's merging keeps them."""
     prompt = "Who are you?"
-    chunks = list(Gemma2LLM(engine=engine, max_new_tokens=5)._stream(prompt))
+    chunks = either(max_new_tokens=5).chunks(prompt)
     total = chunks[0]
     for chunk in chunks[1:]:
         total += chunk
 
     assert all(chunk.generation_info is None for chunk in chunks[:-1])
-    assert isinstance(total, GenerationChunk)
+    assert isinstance(total, GenerationChunk | ChatGenerationChunk)
     assert total.generation_info == {
         "finish_reason": "length",
         "matched_stop": None,
-        "model_name": engine.name,
+        "model_name": either.engine.name,
         "token_usage": {
-            "prompt_tokens": len(engine.encode(prompt)),
+            "prompt_tokens": len(either.engine.encode(prompt)),
             "completion_tokens": 5,
-            "total_tokens": len(engine.encode(prompt)) + 5,
+            "total_tokens": len(either.engine.encode(prompt)) + 5,
             "cached_tokens": 0,
         },
     }
@@ -230,11 +235,12 @@ def test_a_turn_that_ends_says_stop(demo_engine: Gemma2Engine) -> None:
     assert last.usage.completion_tokens == len(ids) + 1
 
 
+@pytest.mark.parametrize("kind", ["llm", "chat"])
 def test_an_answer_that_ends_at_once_is_one_empty_chunk(
-    say: Callable[..., Gemma2Engine],
+    say: Callable[..., Gemma2Engine], kind: str
 ) -> None:
     """LangChain refuses a stream without chunks; an empty answer is still a chunk."""
-    llm = Gemma2LLM(engine=say("go", [107]))
+    llm = Either(kind, say("go", [107]))
 
     assert list(llm.stream("go")) == [""]
     assert llm.invoke("go") == ""
