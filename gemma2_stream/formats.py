@@ -15,11 +15,12 @@ from langchain_core.output_parsers.openai_tools import (
     PydanticToolsParser,
 )
 from langchain_core.runnables import Runnable, RunnableGenerator
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from .errors import ParameterError, StructuredOutputError
-from .tools import AnswerFormat, Tool, enforceable
+from .tools import AnswerFormat, Tool, enforceable, to_json
 
 FORMAT_NAMES = {"tools", "tool_choice", "parallel_tool_calls", "response_format", "strict"}
 """What `answer_format` reads of a call."""
@@ -48,12 +49,37 @@ def tools_of(tools: Sequence[Any]) -> tuple[Tool, ...]:
     """`tools` of any of LangChain's kinds. Raises ParameterError for two of one name."""
     found: dict[str, Tool] = {}
     for tool in tools:
-        said = convert_to_openai_tool(tool)["function"]
+        said = openai_tool(tool)["function"]
         new = Tool(said["name"], said.get("description", ""), said.get("parameters") or {})
         old = found.setdefault(new.name, new)
-        if enforceable(old.parameters) != enforceable(new.parameters):
+        if old is not new and enforceable(old.parameters) != enforceable(new.parameters):
             raise ParameterError(f"two different tools are named {new.name!r}: rename one")
     return tuple(found.values())
+
+
+def openai_tool(tool: Any) -> dict[str, Any]:
+    """`tool`, of any of LangChain's kinds, in OpenAI's form.
+
+    LangChain resolves references, and has "anything" where one recurs: then they stay.
+    """
+    said = convert_to_openai_tool(tool)
+    whole = _own_schema(tool.tool_call_schema if isinstance(tool, BaseTool) else tool)
+    if '"$ref"' in to_json(whole):
+        said = {**said, "function": {**said["function"], "parameters": whole}}
+    return said
+
+
+def _own_schema(tool: Any) -> Mapping[str, Any]:
+    """The JSON schema of a Pydantic class, or that `tool` is; empty for all else."""
+    if isinstance(tool, Mapping):  # one with a name is in somebody's form of a tool
+        return {} if {"function", "name", "toolSpec"} & tool.keys() else tool
+    if not isinstance(tool, type) or not is_basemodel_subclass(tool):
+        return {}
+    model: Any = tool
+    schema: Mapping[str, Any] = (
+        model.model_json_schema() if hasattr(model, "model_json_schema") else model.schema()
+    )
+    return schema
 
 
 def _tool_choice(choice: Any, names: Sequence[str]) -> tuple[bool | None, str | None]:
@@ -104,7 +130,7 @@ def structured(schema: Any, method: str) -> tuple[dict[str, Any], Runnable[Any, 
     known = ("json_schema", "function_calling", "json_mode")
     if method not in known:
         raise ParameterError(f"method={method!r} is none of {', '.join(map(repr, known))}")
-    tool = convert_to_openai_tool(schema)
+    tool = openai_tool(schema)
     name = tool["function"]["name"]
     traced = {"kwargs": {"method": method}, "schema": schema}
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
@@ -117,7 +143,8 @@ def structured(schema: Any, method: str) -> tuple[dict[str, Any], Runnable[Any, 
         else:
             parser = JsonOutputKeyToolsParser(key_name=name, first_tool_only=True)
     else:
-        shape = {"name": name, "schema": convert_to_json_schema(schema)}
+        said = {"title": name, "description": tool["function"].get("description", "")}
+        shape = {"name": name, "schema": said | tool["function"].get("parameters", {})}
         asked = {"response_format": {"type": "json_schema", "json_schema": shape}}
         parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
     whole: Runnable[Any, Any] = RunnableGenerator(_whole, _awhole)

@@ -8,9 +8,10 @@ Lark dialect (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 from __future__ import annotations
 
 import functools
+import re
 import string
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 # Grammars kept compiled: those of an application's tools and answers, which come again and again.
 _KEPT = 64
 
-# What leads out of a JSON value soonest, and then what a value may begin with, cheapest first.
-_WAY_OUT = '}]",:ntf' + "1234567890" + "[{" + "-.TZ"
-_LETTERS = string.ascii_letters + string.digits + string.punctuation + " "
+# What leads out of a JSON value soonest, or is a short one; what fills numbers and strings, first
+# what e-mail addresses, URIs, durations and multiples of a hundred turn on; what opens more.
+_WAY_OUT, _FILLING, _OPENING = '}]",:ntf', "0a@.:-/1TPD2345678900", "[{"
+_FILLING += string.ascii_letters.replace("a", "") + "_~!#$%&'*+=?^`|();<>, "
 
 
 class Grammars:
@@ -90,12 +92,14 @@ class Grammars:
 
     @functools.cached_property
     def _closing_ids(self) -> _ClosingIds:
-        ids = {c: self._vocabulary.tokenize_str(c) for c in _WAY_OUT + _LETTERS}
+        ids = {c: self._vocabulary.tokenize_str(c) for c in _WAY_OUT + _FILLING + _OPENING}
         return _ClosingIds({c: found[0] for c, found in ids.items() if len(found) == 1})
 
 
 def _reason(matcher: LLMatcher) -> str:
-    return matcher.get_error().partition("\n")[0].removesuffix(".")
+    """What llguidance has to say, on one line, without the part of the grammar that it quotes."""
+    said = re.split(r"\n *\d+ \| ", matcher.get_error())[0]
+    return " ".join(said.split()).removesuffix(".")
 
 
 class _Vocabulary:
@@ -124,9 +128,21 @@ class _ClosingIds:
     """Single characters as ids, in the orders in which an end is looked for."""
 
     def __init__(self, ids: dict[str, int]) -> None:
-        self.quote, self.letter = ids['"'], ids["z"]
+        self.letter, self.quote = ids["z"], [ids['"']]
         self.way_out = [ids[c] for c in _WAY_OUT if c in ids]
-        self.letters = [ids[c] for c in _LETTERS if c in ids]
+        self.filling = [ids[c] for c in _FILLING if c in ids]
+        self.opening = [ids[c] for c in _OPENING if c in ids]
+
+    def candidates(self, in_text: bool, turn: int) -> Iterator[tuple[int, int]]:
+        """What may end a value soonest, best first, each with the turn that the filling has then.
+
+        It takes turns, so that a repetition in a regular expression ends and multiples are met.
+        """
+        yield from ((i, 0) for i in (self.quote if in_text else self.way_out))
+        for place in range(turn, turn + len(self.filling)):
+            place %= len(self.filling)
+            yield self.filling[place], place + 1
+        yield from ((i, turn) for i in self.opening)
 
 
 class Constraint:
@@ -203,24 +219,19 @@ class Constraint:
         the tokens left do not suffice. The last is an end of turn, for which no room is needed.
 
         What is forced is taken, else the first character that closes something or begins a short
-        value. Those of a free text take turns, so that a repetition in a regular expression ends.
+        value.
         """
         plan: list[int] = []
         turn = 0
         while not matcher.is_accepting():
             step = matcher.compute_ff_tokens()
             if not step:
-                letters = self._closing.letters[turn:] + self._closing.letters[:turn]
-                in_text = matcher.validate_tokens([self._closing.letter])
-                order = (
-                    [self._closing.quote, *letters] if in_text else self._closing.way_out + letters
-                )
-                found = next((i for i in order if matcher.validate_tokens([i])), None)
-                if found is None:
+                in_text = matcher.validate_tokens([self._closing.letter]) == 1
+                ways = self._closing.candidates(in_text, turn)
+                way = next((way for way in ways if matcher.validate_tokens([way[0]])), None)
+                if way is None:
                     return None
-                if in_text:
-                    turn = self._closing.letters.index(found) + 1 if found in letters else turn
-                step = [found]
+                step, turn = [way[0]], way[1]
             plan += step
             if len(plan) > self._left - ahead or not matcher.consume_tokens(step):
                 return None

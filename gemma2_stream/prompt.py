@@ -3,6 +3,11 @@
 Pure: knows a tokenizer, no model and no LangChain. The template is rendered as text, and only the
 control tokens that the *template* wrote become control tokens. The spelling of one inside content
 ("<end_of_turn>" in a user's message) is cut in two before it is tokenized, so it stays text.
+
+Control tokens are those that the tokenizer calls special, which decoding leaves out. Gemma's other
+242 added tokens ("<h1>", "<unused0>", "[@BOS@]", runs of line breaks) are text: they decode to what
+was written, none of them can begin or end a turn, and Gemma has learnt HTML and line breaks in just
+these. So they stay single tokens, as in `tokenizer.apply_chat_template`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .errors import GrammarError
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 # How json.dumps writes, and no white space elsewhere, in which a weak model could lose itself.
@@ -30,9 +32,20 @@ _ANNOTATIONS |= {"title", "writeOnly"}
 # Formats that the grammar knows; the others are annotations too (section 7.2.1).
 _FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri"}
 _FORMATS |= {"unknown", "uuid"}
+# What JSON Schema asks of these formats and the grammar does not: no year 0, and no 29 February in
+# other years than leap years; and what Python's types cannot hold: leap seconds, long numbers.
+_LEAP = "(0[48]|[2468][048]|[13579][26])"
+_DAYS = (
+    "^([1-9]|0[1-9]|00[1-9]|000[1-9])",
+    f"^(....-(0[13-9]|1[0-2])|....-02-([01].|2[0-8])|(..{_LEAP}|{_LEAP}00)-02-29)",
+)
+_TIMES = (":..:[0-5]",)
+_STRICTER = {"date": _DAYS, "date-time": (*_DAYS, *_TIMES), "time": _TIMES}
+_STRICTER["duration"] = ("^(P|T|[0-9]{1,6}[A-Z])*$",)
 # Where a schema holds schemas: one, a list of them, or one for each name.
 _ONE = ("additionalProperties", "items", "additionalItems", "contains", "not", "if", "then", "else")
 _LISTS = ("anyOf", "oneOf", "prefixItems", "items")
+_IN_PLACE = {"allOf", "anyOf", "oneOf", "$ref"}
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
@@ -136,15 +149,25 @@ def enforceable(schema: Mapping[str, Any]) -> dict[str, Any]:
     """`schema` as a grammar needs it: without annotations, and closed.
 
     Properties that an object's schema does not name are left out where it does not ask for them:
-    otherwise a model could write them for ever.
+    otherwise a model could write them for ever. Raises GrammarError for what the grammar engine
+    takes and does not hold.
     """
     kept = {name: value for name, value in schema.items() if not _is_annotation(name, value)}
     if "discriminator" in schema and "oneOf" in kept:  # its tags exclude each other
         kept["anyOf"] = kept.pop("oneOf")
-    if "properties" in kept and "patternProperties" not in kept:
+    if kept.get("minProperties", 0) > len(kept.get("required", ())) + 1:
+        raise GrammarError(
+            f"what the answer must match cannot be enforced: minProperties={kept['minProperties']} "
+            "counts names that are not required, of which two may be the same. Name them in "
+            "properties and required, or take it out and check for it in the answer instead"
+        )
+    composed = "allOf" in kept or ("properties" in kept and not _IN_PLACE.isdisjoint(kept))
+    if "properties" in kept and "patternProperties" not in kept and not composed:
         kept.setdefault("additionalProperties", False)
     for name in kept:
-        kept[name] = _subschemas(name, kept[name])
+        kept[name] = _subschemas(name, kept[name], composed)
+    for pattern in _STRICTER.get(kept.get("format", ""), ()):
+        kept["allOf"] = [*kept.get("allOf", ()), {"pattern": pattern}]
     return kept
 
 
@@ -153,12 +176,12 @@ def _is_annotation(name: str, value: object) -> bool:
     return unknown or name in _ANNOTATIONS or (name, value) == ("uniqueItems", False)
 
 
-def _subschemas(name: str, value: Any) -> Any:
+def _subschemas(name: str, value: Any, composed: bool) -> Any:
     """The value of keyword `name`, with the schemas in it made enforceable."""
     if name in _NAMED:
         return {key: _sub(each) for key, each in value.items()}
-    if name == "allOf":  # each adds to the others, so none of them may be closed alone
-        return [_opened(_sub(each), each) for each in value]
+    if name in _IN_PLACE and composed:  # each adds to the others, so none may be closed alone
+        return [_opened(_sub(each), each) for each in value] if name != "$ref" else value
     if name in _LISTS and isinstance(value, list):
         return [_sub(each) for each in value]
     return _sub(value) if name in _ONE else value
