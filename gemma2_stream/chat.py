@@ -336,7 +336,7 @@ class _Call:
 
     def _verdict(self, row: Chunk) -> dict[str, Any] | None:
         info = self.model._info(row)
-        called = self._calls is not None and self._calls.calls > 0
+        called = self._calls is not None and self._calls.whole > 0
         if info is not None and called and info["finish_reason"] == "stop":
             info["finish_reason"] = "tool_calls"
         return info

@@ -129,7 +129,12 @@ def _choose(logits: torch.Tensor, sampler: Sampler | None, constraint: Constrain
     """The next token id of one row, from `logits` of shape (vocabulary,), which may be changed."""
     if constraint is not None and not constraint.done:
         constraint.mask(logits)
-    choice = int(logits.argmax()) if sampler is None else sampler.choose(logits)
+    choice = _likeliest(logits) if sampler is None else sampler.choose(logits)
     if constraint is not None and not constraint.done:
         choice = constraint.take(choice)
     return choice
+
+
+def _likeliest(logits: torch.Tensor) -> int:
+    """The id with the largest of `logits`; on a CPU torch takes twenty times as long as numpy."""
+    return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())

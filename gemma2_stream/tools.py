@@ -249,11 +249,12 @@ class CallParser:
         parser.feed('": 1}}</tool_call>', last=True)         # [CallPart(0, '": 1}')]
 
     A call that is not well-formed, or that the answer's end cuts, gets arguments that no JSON
-    parser takes for whole, however lenient, so that it is never run.
+    parser takes for whole, however lenient, so that it is never run. `calls` counts all that began,
+    `whole` those that can be run.
     """
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.whole = 0
         self._buffer = ""
         self._inside = False
         self._arguments: _Object | None = None
@@ -322,6 +323,7 @@ class CallParser:
     def _in_arguments(self, arguments: _Object) -> str | CallPart | None:
         text, self._buffer = arguments.feed(self._buffer)
         if text:
+            self.whole += arguments.whole
             return CallPart(self.calls - 1, text)
         if not arguments.whole:
             return None
