@@ -239,6 +239,7 @@ class CallPart:
 
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*\\?("?)', re.DOTALL)
 
 
 class CallParser:
@@ -257,6 +258,7 @@ class CallParser:
         self.calls = self.whole = 0
         self._buffer = ""
         self._inside = False
+        self._behind_call = False
         self._arguments: _Object | None = None
 
     def feed(self, text: str, *, last: bool = False) -> list[str | CallPart]:
@@ -288,7 +290,7 @@ class CallParser:
             return CallPart(self.calls - 1, self._arguments.spoiler()) if cut else ""
         if self._inside:
             return self._invalid(rest)
-        return rest if rest.strip() or not self.calls else ""
+        return self._said(rest)
 
     def _next(self) -> str | CallPart | None:
         """The next part of the buffer; "" where there may be more, None where there is none."""
@@ -305,8 +307,14 @@ class CallParser:
             text, self._buffer = self._buffer[: len(self._buffer) - held], text[len(text) - held :]
             if not text:
                 return None
-        # The line break between two calls is no text.
-        return "" if self.calls and not text.strip() else text
+        return self._said(text)
+
+    def _said(self, text: str) -> str:
+        """`text` without the white space behind a call, which parts it from the next."""
+        if self._behind_call:
+            text = text.lstrip()
+            self._behind_call = not text
+        return text
 
     def _in_head(self) -> str | CallPart | None:
         match = _HEAD.match(self._buffer)
@@ -314,10 +322,14 @@ class CallParser:
             self._buffer = self._buffer[match.end() :]
             self._arguments = _Object()
             return self._begin("", json.loads(match[1]))
-        raw, tag, rest = self._buffer.partition(CLOSE)
-        if not tag:
+        name = _NAME.match(self._buffer)
+        if name and not name[1]:
+            return None  # in the name's string, where the tag is text
+        end = self._buffer.find(CLOSE, name.end() if name else 0)
+        if end < 0:
             return None
-        self._buffer, self._inside = rest, False
+        raw, self._buffer = self._buffer[:end], self._buffer[end + len(CLOSE) :]
+        self._inside, self._behind_call = False, True
         return self._invalid(raw)
 
     def _in_arguments(self, arguments: _Object) -> str | CallPart | None:
@@ -331,6 +343,7 @@ class CallParser:
         if not tag:
             return None
         self._buffer, self._inside, self._arguments = rest, False, None
+        self._behind_call = True
         return ""
 
     def _invalid(self, raw: str) -> CallPart:
