@@ -574,6 +574,16 @@ def test_a_stop_inside_a_structured_answer_ends_it_and_the_parser_says_so(
     assert "stop='age'" in str(error)
 
 
+def test_a_call_that_a_stop_cuts_is_not_called_one(chat: ChatGemma2) -> None:
+    """It is invalid, streamed or not, and the reason is the stop's, not "tool_calls"."""
+    forced = chat.model_copy(update={"max_new_tokens": 60}).bind_tools([Person], tool_choice="any")
+    first, *others = forced.stream(PROMPT, stop=["age"])
+    for answer in (forced.invoke(PROMPT, stop=["age"]), first + others):
+        assert (len(answer.tool_calls), len(answer.invalid_tool_calls)) == (0, 1)
+        assert answer.response_metadata["finish_reason"] == "stop"
+        assert answer.response_metadata["matched_stop"] == "age"
+
+
 def test_a_structured_answer_streams_beside_its_raw_message(chat: ChatGemma2) -> None:
     """With `include_raw` the message grows chunk by chunk, and the object comes with its end."""
     longer = chat.model_copy(update={"max_new_tokens": 60})
