@@ -388,7 +388,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
 
 
