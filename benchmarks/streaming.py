@@ -566,8 +566,8 @@ def core_cost(tokenizer: Any, ids: list[int], stops: tuple[str, ...]) -> list[fl
     def run(tick: Callable[[int], None]) -> None:
         channel = Channel([request])
         channel.start()
-        row = Row(0, request, channel, detokenizer(), {1: None, 107: None}, len(ids) + 1)
-        streamer = TokenStreamer(tokenizer, [row], channel, lambda: None, lambda channel: None)
+        row = Row(channel, 0, detokenizer(), {1: None, 107: None}, len(ids) + 1)
+        streamer = TokenStreamer(tokenizer, [row], lambda: None, lambda rows: None)
         stream = TokenStream(channel)
         streamer.put(columns[:, :1])
         for count in range(1, len(ids) + 1):

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat import ChatGemma2
     from .engine import Gemma2Engine
     from .errors import (
         CheckpointError,
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
         EngineClosedError,
         Gemma2StreamError,
         GenerationTimeoutError,
+        GrammarError,
         ModelAccessError,
         ModelNotFoundError,
         NotFiniteError,
         ParameterError,
         PromptError,
         PromptTooLongError,
+        StructuredOutputError,
     )
     from .llm import Gemma2_LLM, Gemma2LLM
     from .stream import Channel, TokenStream
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "chat": ["ChatGemma2"],
     "engine": ["Gemma2Engine"],
     "errors": [
         "CheckpointError",
@@ -44,12 +48,14 @@ _ROOMS = {
         "EngineClosedError",
         "Gemma2StreamError",
         "GenerationTimeoutError",
+        "GrammarError",
         "ModelAccessError",
         "ModelNotFoundError",
         "NotFiniteError",
         "ParameterError",
         "PromptError",
         "PromptTooLongError",
+        "StructuredOutputError",
     ],
     "llm": ["Gemma2LLM", "Gemma2_LLM"],
     "stream": ["Channel", "TokenStream"],
@@ -59,6 +65,7 @@ _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "Channel",
+    "ChatGemma2",
     "CheckpointError",
     "ChecksumError",
     "Chunk",
@@ -71,6 +78,7 @@ __all__ = [
     "Gemma2StreamError",
     "Gemma2_LLM",
     "GenerationTimeoutError",
+    "GrammarError",
     "ModelAccessError",
     "ModelNotFoundError",
     "NotFiniteError",
@@ -79,6 +87,7 @@ __all__ = [
     "PromptTooLongError",
     "Request",
     "SamplingParams",
+    "StructuredOutputError",
     "TokenStream",
     "Usage",
 ]

@@ -36,15 +36,20 @@ class Detokenizer(Protocol):
 
 def detokenizer_for(tokenizer: Any) -> Callable[[], Detokenizer]:
     """What makes a fresh detokenizer for each request to `tokenizer` (a fast transformers one)."""
+    pieces = pieces_of(tokenizer)
+    if pieces is None:
+        return lambda: WholeDetokenizer(tokenizer)
+    return lambda: PieceDetokenizer(pieces)
+
+
+def pieces_of(tokenizer: Any) -> Pieces | None:
+    """What each token of `tokenizer` stands for; None where text is not made of such pieces."""
     decoder = tokenizer.backend_tokenizer.decoder
     steps = json.loads(decoder.__getstate__()).get("decoders") if decoder is not None else None
-    if steps == _GEMMA_DECODER:
-        pieces = _Pieces(tokenizer)
-        return lambda: PieceDetokenizer(pieces)
-    return lambda: WholeDetokenizer(tokenizer)
+    return Pieces(tokenizer) if steps == _GEMMA_DECODER else None
 
 
-class _Pieces(dict[int, "str | bytes | None"]):
+class Pieces(dict[int, "str | bytes | None"]):
     """id → its text, its one byte, or None for what `decode` skips;
     filled as ids turn up, shared by all requests."""
 
@@ -69,7 +74,7 @@ class _Pieces(dict[int, "str | bytes | None"]):
 class PieceDetokenizer:
     """The exact and constant-time way, for tokenizers that decode as Gemma's does."""
 
-    def __init__(self, pieces: _Pieces) -> None:
+    def __init__(self, pieces: Pieces) -> None:
         self._pieces = pieces
         self._run = b""
 

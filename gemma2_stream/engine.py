@@ -1,4 +1,4 @@
-"""The engine: one worker thread that runs every `model.generate`, one request group after another.
+"""The engine: one worker thread that runs every `model.generate`, one group of rows after another.
 
 Knows transformers and torch; no LangChain. Callers hand in `Request`s from any thread and read a
 `TokenStream`; only the worker touches the model, so there is no lock around it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import inspect
 import os
 import queue
 import threading
@@ -17,6 +18,7 @@ import traceback
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import torch
@@ -29,11 +31,12 @@ from transformers import (
 
 from .detokenizer import detokenizer_for
 from .errors import EngineClosedError, ParameterError, PromptTooLongError
+from .grammar import Grammars
 from .prompt import PromptEncoder
 from .sampling import RowLogits
 from .stream import Channel, TokenStream
 from .streamer import Row, TokenStreamer
-from .types import Request, SamplingParams, Turn
+from .types import MAX_ROWS, Request, SamplingParams, Turn
 
 # Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
 # with eager attention, prefill is faster too; a cancel is seen between layers within it.
@@ -41,9 +44,6 @@ PREFILL_CHUNK = 512
 
 # A reader this many chunks behind has stopped reading: the model waits, unless others wait for it.
 MAX_UNREAD = 256
-
-# Rows in one forward; a longer group runs in several.
-MAX_ROWS = 32
 
 
 class _Cancelled(BaseException):
@@ -77,7 +77,16 @@ class Gemma2Engine:
         self._encoder = PromptEncoder(tokenizer)
         self._detokenizer = detokenizer_for(tokenizer)
         self._config = _greedy(model, tokenizer)
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        self._grammars = Grammars(
+            tokenizer, self._encoder.text, vocab_size, self._config.eos_token_id
+        )
+        # transformers 5.24 renamed it.
+        renamed = "cache" in inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if renamed else "past_key_values"
         self.defaults = _defaults(model.generation_config)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.attn_implementation: str | None = model.config._attn_implementation
         self.context_length: int = model.config.get_text_config().max_position_embeddings
         self._jobs: _Jobs = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -122,9 +131,20 @@ class Gemma2Engine:
     def submit(self, requests: Sequence[Request]) -> TokenStream:
         """Queue `requests`, to be decoded together, and return at once. From any thread.
 
-        Raises ParameterError, PromptTooLongError or EngineClosedError, before any forward.
+        Raises ParameterError, PromptTooLongError, GrammarError or EngineClosedError, before any
+        forward.
         """
         channel = Channel([self._checked(request) for request in requests])
+        self._queue([channel])
+        return TokenStream(channel)
+
+    def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
+        """The same, with a stream for each request: each is read, cancelled and over by itself."""
+        channels = [Channel([self._checked(request)]) for request in requests]
+        self._queue(channels)
+        return [TokenStream(channel) for channel in channels]
+
+    def _queue(self, channels: Sequence[Channel]) -> None:
         with self._lock:
             if self._closed:
                 raise self._closed_error()
@@ -138,9 +158,8 @@ class Gemma2Engine:
                     target=_work, args=(self._jobs,), name="gemma2_stream", daemon=True
                 )
                 self._worker.start()
-            self._channels.add(channel)
-            self._jobs.put((self, channel))
-        return TokenStream(channel)
+            self._channels.update(channels)
+            self._jobs.put((self, channels))
 
     def join(self) -> None:
         """Wait until everything submitted so far is over and its memory is free."""
@@ -193,7 +212,9 @@ class Gemma2Engine:
             )
         if length == 0:
             raise ParameterError("prompt_ids=() is empty: a prompt needs at least a BOS")
-        return Request(request.prompt_ids, params)
+        if request.grammar is not None:
+            self._grammars.check(request.grammar)
+        return replace(request, params=params)
 
     def _stop_ids(self, params: SamplingParams) -> dict[int, str | None]:
         """Ids that end the answer: the ends of a turn, and stops that spell a control token."""
@@ -208,47 +229,62 @@ class Gemma2Engine:
                 )
         return ids
 
-    def _serve(self, channel: Channel) -> None:
-        """Run one group to its end, on the worker. Whatever happens, the stream ends."""
+    def _serve(self, channels: Sequence[Channel]) -> None:
+        """Run one group to its end, on the worker. Whatever happens, every stream ends."""
         try:
-            if channel.start():
-                for start in range(0, len(channel.requests), MAX_ROWS):
-                    self._generate(channel, range(len(channel.requests))[start : start + MAX_ROWS])
+            wanted = [(c, i) for c in channels if c.start() for i in range(len(c.requests))]
+            for start in range(0, len(wanted), MAX_ROWS):
+                self._generate([self._row(*one) for one in wanted[start : start + MAX_ROWS]])
         except BaseException as error:
             # The frames would keep the KV cache alive for as long as someone keeps the error.
             _clear_frames(error)
-            channel.put(error)
+            for channel in channels:
+                channel.put(error)
         finally:
-            channel.put(None)
-            channel.finished.set()
-            self._channels.discard(channel)
+            for channel in channels:
+                channel.put(None)
+                channel.finished.set()
+                self._channels.discard(channel)
 
-    def _generate(self, channel: Channel, indices: Sequence[int]) -> None:
-        """One `model.generate` for the rows `indices`, left-padded to a common length."""
-        requests = [channel.requests[index] for index in indices]
-        room = [self.context_length - len(request.prompt_ids) for request in requests]
-        limits = [min(r.params.max_new_tokens or n, n) for r, n in zip(requests, room, strict=True)]
-        rows = [
-            Row(index, request, channel, self._detokenizer(), self._stop_ids(request.params), limit)
-            for index, request, limit in zip(indices, requests, limits, strict=True)
-        ]
+    def _row(self, channel: Channel, index: int) -> Row:
+        request = channel.requests[index]
+        room = self.context_length - len(request.prompt_ids)
+        limit = min(request.params.max_new_tokens or room, room)
+        constraint = None
+        if request.grammar is not None:
+            constraint = self._grammars.constraint(request.grammar, limit)
+        stop_ids = self._stop_ids(request.params)
+        return Row(channel, index, self._detokenizer(), stop_ids, limit, constraint)
+
+    def _generate(self, rows: Sequence[Row]) -> None:
+        """One `model.generate` for `rows`, left-padded to a common length."""
+        for row in rows:
+            if row.channel.cancelled:  # while rows before it ran: not one forward more is wanted
+                row.finish("cancelled")
+        rows = [row for row in rows if not row.done]
+        if not rows:
+            return
+        requests = [row.request for row in rows]
         config = copy.deepcopy(self._config)
-        config.max_new_tokens = max(limits)
+        config.max_new_tokens = max(row.limit for row in rows)
         input_ids, attention_mask = self._padded(requests)
         logits = RowLogits(
-            requests, input_ids.shape[1], check_finite=self.model.dtype == torch.float16
+            requests,
+            [row.constraint for row in rows],
+            input_ids.shape[1],
+            check_finite=self.model.dtype == torch.float16,
         )
         # Ours, so that it can be emptied even where a kept exception still refers to it.
         cache = DynamicCache(config=self.model.config)
         with contextlib.ExitStack() as stack:
             stack.callback(cache.layers.clear)
-            prefilled = stack.enter_context(self._interruptible_prefill(channel))
-            streamer = TokenStreamer(self.tokenizer, rows, channel, prefilled, self._await_reader)
+            prefilled = stack.enter_context(self._interruptible_prefill(rows))
+            streamer = TokenStreamer(self.tokenizer, rows, prefilled, self._await_reader)
             try:
                 self.model.generate(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
-                    past_key_values=cache,
+                    **{self._cache_name: cache},
                     generation_config=config,
                     logits_processor=LogitsProcessorList([logits] if logits.needed else []),
                     stopping_criteria=StoppingCriteriaList([streamer]),
@@ -257,9 +293,10 @@ class Gemma2Engine:
             except _Cancelled:
                 streamer.end()
 
-    def _await_reader(self, channel: Channel) -> None:
-        """Do not compute for a reader that has stopped reading, as long as nobody else is kept."""
-        while channel.unread() >= MAX_UNREAD and not channel.cancelled and self._jobs.empty():
+    def _await_reader(self, rows: Sequence[Row]) -> None:
+        """Do not compute for readers that have stopped reading, as long as nobody else is kept."""
+        kept = [row.channel for row in rows if not row.done]
+        while kept and self._jobs.empty() and all(map(_unread, kept)):
             time.sleep(0.02)
 
     def _padded(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,17 +309,18 @@ class Gemma2Engine:
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     @contextlib.contextmanager
-    def _interruptible_prefill(self, channel: Channel) -> Iterator[Any]:
+    def _interruptible_prefill(self, rows: Sequence[Row]) -> Iterator[Any]:
         """Between layers, look whether anyone still wants this; yields what removes the looking.
 
         `generate` asks no criterion before the first token, and a prefill can take minutes. After
         it the criterion is asked at every step, and the hooks would only cost time.
         """
         worker = threading.get_ident()
+        channels = {row.channel for row in rows}
 
         def look(*_: object) -> None:
             # A caller's own forward on the shared model, from another thread, is none of ours.
-            if channel.cancelled and threading.get_ident() == worker:
+            if all(c.cancelled for c in channels) and threading.get_ident() == worker:
                 raise _Cancelled
 
         layers = getattr(self.model.get_decoder(), "layers", [self.model])
@@ -298,7 +336,7 @@ class Gemma2Engine:
             remove()
 
 
-_Jobs = queue.SimpleQueue["tuple[Gemma2Engine, Channel] | None"]
+_Jobs = queue.SimpleQueue["tuple[Gemma2Engine, Sequence[Channel]] | None"]
 _open_engines: weakref.WeakSet[Gemma2Engine] = weakref.WeakSet()
 
 
@@ -312,10 +350,15 @@ def _close_all() -> None:
 def _work(jobs: _Jobs) -> None:
     """The worker thread: one group after the other, until None."""
     while (job := jobs.get()) is not None:
-        engine, channel = job
-        engine._serve(channel)
+        engine, channels = job
+        engine._serve(channels)
         # While we wait for the next, nothing of this one may be held, the engine included.
-        del engine, channel, job
+        del engine, channels, job
+
+
+def _unread(channel: Channel) -> bool:
+    """Whether the reader of `channel` has stopped reading, and still may go on."""
+    return channel.unread() >= MAX_UNREAD and not channel.cancelled
 
 
 def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
@@ -356,6 +399,8 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
 
 def _clear_frames(error: BaseException | None) -> None:
     """Let go of the locals of every frame that `error` and its causes went through."""
-    while error is not None:
+    seen: set[int] = set()  # causes may be set by hand, in a circle too
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -2,6 +2,8 @@
 
     Gemma2StreamError
     ├── ParameterError          ValueError       a parameter is unknown, or its value is wrong
+    ├── GrammarError            ValueError       an answer cannot be held to what it must match
+    ├── StructuredOutputError   ValueError       an answer ended before it was whole
     ├── PromptError             ValueError       a prompt cannot be expressed to the model
     │   └── PromptTooLongError                   it leaves no room for an answer in the context
     ├── ModelNotFoundError      ValueError       no such model, revision or folder
@@ -29,6 +31,14 @@ class Gemma2StreamError(core.ModelError):
 
 class ParameterError(Gemma2StreamError, core.ModelInvalidRequestError, ValueError):
     """A parameter is unknown, of the wrong type or out of range."""
+
+
+class GrammarError(Gemma2StreamError, core.ModelInvalidRequestError, ValueError):
+    """An answer cannot be held to the JSON schema or the grammar that it must match."""
+
+
+class StructuredOutputError(Gemma2StreamError, core.OutputParserException):
+    """An answer that had to match a JSON schema ended before it was whole."""
 
 
 class PromptError(Gemma2StreamError, core.ModelInvalidRequestError, ValueError):

@@ -8,17 +8,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Sequence
-from typing import Any, Self, TypedDict, Unpack
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
+from weakref import WeakValueDictionary
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from langchain_core.language_models import LangSmithParams
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from . import __version__
 from .errors import ParameterError
 from .loading import LoadSpec, shared_engine
 from .stream import TokenStream
+from .together import Place
 from .types import SAMPLING_NAMES, Chunk, Engine, Request, SamplingParams, Turn, unknown_name
+
+CALL_NAMES = SAMPLING_NAMES | {"max_tokens", "model"}
+"""What a call may say in place of the model's own parameter."""
 
 _LOADING_NAMES = [name for name in LoadSpec.__slots__ if name != "model"]
 
@@ -44,6 +50,8 @@ class Parameters(TypedDict, total=False):
     device_map: str | dict[str, str | int] | None
     attn_implementation: str | None
     preset: str | None
+    api_key: SecretStr | str | None
+    max_retries: int | None
     name: str | None
     cache: Any
     verbose: bool
@@ -82,6 +90,11 @@ class Gemma2Fields(BaseModel):
     device_map: str | None = None
     attn_implementation: str | None = None
     preset: str | None = None
+    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    max_retries: int | None = None
+    custom_get_token_ids: Callable[[str], list[int]] | None = Field(default=None, exclude=True)
+    _place: Place | None = PrivateAttr(default=None)
+    _ls_type: ClassVar[Literal["llm", "chat"]]
 
     def __init__(
         self, model: str | os.PathLike[str] | None = None, **parameters: Unpack[Parameters]
@@ -101,7 +114,11 @@ class Gemma2Fields(BaseModel):
         """
         if self.custom_engine is not None:
             return self.custom_engine
-        return shared_engine(LoadSpec(model=self.model, **self._loading))
+        return shared_engine(
+            LoadSpec(model=self.model, **self._loading),
+            token=self.api_key.get_secret_value() if self.api_key is not None else None,
+            max_retries=self.max_retries or 0,
+        )
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -121,49 +138,97 @@ class Gemma2Fields(BaseModel):
     def _parameters(self) -> dict[str, Any]:
         """All that decides an answer, in plain JSON types: LangChain's cache key is made of it."""
         sampling = {name: getattr(self, name) for name in sorted(SAMPLING_NAMES)}
-        return {"model": self.model, **self._loading, **sampling}
+        loading = self._loading
+        # Two engines of one checkpoint share a name, and a relative folder is another elsewhere.
+        for name in ("dtype", "attn_implementation"):
+            loading[name] = getattr(self.custom_engine, name, loading[name])
+        model = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
+        return {"model": model, **loading, **sampling}
 
     def _with(self, overrides: dict[str, Any]) -> Self:
-        """This model with per-call `overrides` as its own parameters.
+        """This model with per-call `overrides`, `model` among them, as its own parameters.
 
-        LangChain leaves per-call arguments out of its cache key; as fields they are in it.
+        LangChain leaves per-call arguments out of its cache key; as fields they are in it. Raises
+        ParameterError.
         """
-        if not overrides:
-            return self
-        params = self._given.override(**_renamed(overrides))
+        values = _renamed(dict(overrides))
+        model = values.pop("model", None)
+        params = self._given.override(**values)
         update = {name: getattr(params, name) for name in SAMPLING_NAMES}
-        copy = self.model_copy(update={**update, "stop": list(params.stop) or None})
+        update["stop"] = list(params.stop) or None
+        if model not in (None, self.model):
+            update |= {"model": os.fspath(model), "custom_engine": None}
+        if all(getattr(self, name) == value for name, value in update.items()):
+            return self
+        copy = self.model_copy(update=update)
         # A cached_property of LangChain's that would describe the original.
         copy.__dict__.pop("_serialized", None)
         return copy
 
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        """What LangSmith shows of a call."""
+        ours = {name: value for name, value in kwargs.items() if name in CALL_NAMES}
+        called = self._with({**ours, "stop": stop})
+        known = LangSmithParams(
+            ls_provider="gemma2_stream", ls_model_name=called.model, ls_model_type=self._ls_type
+        )
+        if called.temperature is not None:
+            known["ls_temperature"] = called.temperature
+        if called.max_new_tokens is not None:
+            known["ls_max_tokens"] = called.max_new_tokens
+        if called.stop:
+            known["ls_stop"] = called.stop
+        return known
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Ids of plain text by Gemma's own tokenizer: no BOS, no turns."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self.engine.tokenize(text)
+
+    def _requests(
+        self, prompts: Sequence[str | Sequence[Turn]], *, raw: bool, grammar: str | None
+    ) -> list[Request]:
+        ids = [self.engine.encode(prompt, raw=raw) for prompt in prompts]
+        return [Request(tuple(row), self._given, grammar) for row in ids]
+
     def _submit(
         self,
         prompts: Sequence[str | Sequence[Turn]],
-        raw: bool,
-        stop: Sequence[str] | None,
-        overrides: dict[str, Any],
+        *,
+        raw: bool = False,
+        grammar: str | None = None,
     ) -> TokenStream:
         """One request a prompt, queued; the rows of one stream. Raises before any forward."""
-        params = self._given.override(stop=stop).override(**_renamed(overrides))
-        engine = self.engine
-        ids = [engine.encode(prompt, raw=raw) for prompt in prompts]
-        return engine.submit([Request(tuple(row), params) for row in ids])
+        requests = self._requests(prompts, raw=raw, grammar=grammar)
+        if self._place is not None:
+            return self._place.join(self.engine, *requests).result()
+        return self.engine.submit(requests)
 
     async def _asubmit(
         self,
         prompts: Sequence[str | Sequence[Turn]],
-        raw: bool,
-        stop: Sequence[str] | None,
-        overrides: dict[str, Any],
+        *,
+        raw: bool = False,
+        grammar: str | None = None,
     ) -> TokenStream:
         """`_submit`, with the loop free meanwhile, for callers in the order in which they came.
 
         The first use may load the weights, and tokenizing a long prompt takes its time. A task that
         is cancelled here drops the stream, and a dropped stream is a cancelled one.
         """
+        place = self._place
+
+        def queue() -> TokenStream | Future[TokenStream]:
+            requests = self._requests(prompts, raw=raw, grammar=grammar)
+            if place is not None:
+                return place.join(self.engine, *requests)
+            return self.engine.submit(requests)
+
         async with _turnstile(self.custom_engine or LoadSpec(model=self.model, **self._loading)):
-            return await asyncio.to_thread(self._submit, prompts, raw, stop, overrides)
+            queued = await asyncio.to_thread(queue)
+        # Outside, since others may have to come before it is there.
+        return await asyncio.wrap_future(queued) if isinstance(queued, Future) else queued
 
     def _info(self, chunk: Chunk) -> dict[str, Any] | None:
         """What a row's last chunk says, as LangChain carries it; None for the others.
@@ -185,8 +250,8 @@ class Gemma2Fields(BaseModel):
         }
 
 
-_turnstiles: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[object, asyncio.Lock]]
-_turnstiles = WeakKeyDictionary()
+# Weak, since a lock refers to its loop: each lives as long as somebody stands at it.
+_turnstiles: WeakValueDictionary[tuple[int, object], asyncio.Lock] = WeakValueDictionary()
 
 
 def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
@@ -194,8 +259,8 @@ def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
 
     Threads of an executor do not: without it, a short prompt would overtake a long one.
     """
-    locks = _turnstiles.setdefault(asyncio.get_running_loop(), {})
-    return locks.setdefault(model if isinstance(model, LoadSpec) else id(model), asyncio.Lock())
+    key = model if isinstance(model, LoadSpec) else id(model)
+    return _turnstiles.setdefault((id(asyncio.get_running_loop()), key), asyncio.Lock())
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
@@ -225,6 +290,9 @@ def _checked(
     if isinstance(values.get("stop"), str):
         values["stop"] = [values["stop"]]
     SamplingParams(**{k: v for k in SAMPLING_NAMES if (v := values.get(k)) is not None})
+    retries = values.get("max_retries") or 0
+    if not isinstance(retries, int) or retries < 0:
+        raise ParameterError(f"max_retries={retries!r} is not a whole number of tries, 0 or more")
     if isinstance(values.get("device_map"), dict):
         values["device_map"] = json.dumps(values["device_map"], sort_keys=True)
     if values.get("cache_dir") is not None:
@@ -237,11 +305,11 @@ def _checked(
 def _model_name(model: str | os.PathLike[str] | None, engine: Any, loading: dict[str, Any]) -> str:
     """What to call the model; with an engine of the caller's own, what that calls itself."""
     if engine is None:
-        return "demo" if model is None else os.fspath(model)
+        return os.fspath(model or os.environ.get("GEMMA2_STREAM_MODEL") or "demo")
     if not isinstance(engine, Engine):
         raise ParameterError(
-            f"engine={engine!r} is no engine: it needs name, defaults, encode, tokenize, submit "
-            "and close (see gemma2_stream.Engine)"
+            f"engine={engine!r} is no engine: it needs name, defaults, encode, tokenize, submit, "
+            "submit_each and close (see gemma2_stream.Engine)"
         )
     idle = [name for name, value in {"model": model, **loading}.items() if value is not None]
     if idle and (idle != ["model"] or model != engine.name):

@@ -11,6 +11,7 @@ The hubs themselves are in `hub_clients`, what a complete checkpoint is in `snap
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import re
@@ -39,8 +40,14 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     refresh: bool = False,
+    token: str | None = None,
+    max_retries: int = 0,
 ) -> Path:
     """Return a folder that holds a complete checkpoint, downloading what is missing.
+
+    `token` goes to the hub's own host only; a transfer that breaks off is taken up again up to
+    `max_retries` times. Raises ModelNotFoundError, ModelAccessError, DownloadError, CheckpointError
+    or ParameterError.
 
     What was verified once is returned without a request, so a branch that has moved on is fetched
     only with `refresh=True`, as `gemma2-stream download` does.
@@ -55,8 +62,17 @@ def resolve(
     if not _ID.fullmatch(model):
         raise _unknown(model)
     hub = HUBS[source or _home(model)](model, revision, cache_dir)
+    hub.token = token
+    offline = local_files_only or hub.offline
+    for _ in range(max_retries):
+        with contextlib.suppress(DownloadError):
+            return _explained(hub, offline, refresh)
+    return _explained(hub, offline, refresh)
+
+
+def _explained(hub: Hub, offline: bool, refresh: bool) -> Path:
     try:
-        return _fetch(hub, local_files_only or hub.offline, refresh)
+        return _fetch(hub, offline, refresh)
     except Gemma2StreamError:
         raise
     except hub.failures as error:

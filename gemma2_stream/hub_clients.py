@@ -56,6 +56,9 @@ class Hub(ABC):
     revision: str
     endpoint: str
     cache: Path
+    token: str | None = None
+    """What the caller gave; without one, the client looks for a token itself."""
+
     failures: tuple[type[Exception], ...]
     """What the client raises when a hub, a network or a disk lets it down."""
 
@@ -148,7 +151,7 @@ class ModelScope(Hub):
         """An empty token keeps the header, the cookie and the saved login away from a mirror."""
         from modelscope_hub import HubConfig
 
-        token = None if may_send_token(self.endpoint) else ""
+        token = self.token if may_send_token(self.endpoint) else ""
         return HubConfig(endpoint=self.endpoint, cache_dir=self.cache, token=token)
 
     def cached(self) -> Path | None:
@@ -217,9 +220,9 @@ class HuggingFace(Hub):
         return now or is_offline_mode()
 
     @property
-    def _token(self) -> bool | None:
+    def _token(self) -> str | bool | None:
         """None lets the client find a token, False forbids it."""
-        return None if may_send_token(self.endpoint) else False
+        return self.token if may_send_token(self.endpoint) else False
 
     def cached(self) -> Path | None:
         from huggingface_hub import try_to_load_from_cache

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import LangSmithParams
 from langchain_core.language_models.llms import LLM
 from langchain_core.messages import BaseMessage, get_buffer_string
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
@@ -43,6 +42,7 @@ class Gemma2LLM(Gemma2Fields, LLM):
     """
 
     raw: bool = False
+    _ls_type: ClassVar[Literal["llm"]] = "llm"
 
     def __init__(
         self, model: str | os.PathLike[str] | None = None, **parameters: Unpack[LLMParameters]
@@ -56,25 +56,6 @@ class Gemma2LLM(Gemma2Fields, LLM):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         return {**self._parameters, "raw": self.raw}
-
-    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = self._with({**kwargs, "stop": stop})
-        known = LangSmithParams(
-            ls_provider="gemma2_stream", ls_model_name=self.model, ls_model_type="llm"
-        )
-        if params.temperature is not None:
-            known["ls_temperature"] = params.temperature
-        if params.max_new_tokens is not None:
-            known["ls_max_tokens"] = params.max_new_tokens
-        if params.stop:
-            known["ls_stop"] = params.stop
-        return known
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """Ids of plain text by Gemma's own tokenizer: no BOS, no turns."""
-        if self.custom_get_token_ids is not None:
-            return self.custom_get_token_ids(text)
-        return self.engine.tokenize(text)
 
     def get_num_tokens_from_messages(
         self, messages: list[BaseMessage], tools: Sequence[Any] | None = None
@@ -93,9 +74,10 @@ class Gemma2LLM(Gemma2Fields, LLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        with self._submit([prompt], self.raw, stop, kwargs) as rows:
+        called = self._with({**kwargs, "stop": stop})
+        with called._submit([prompt], raw=self.raw) as rows:
             for row in rows:
-                chunk = self._chunk(row)
+                chunk = called._chunk(row)
                 if run_manager is not None:
                     run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -107,9 +89,10 @@ class Gemma2LLM(Gemma2Fields, LLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        with await self._asubmit([prompt], self.raw, stop, kwargs) as rows:
+        called = self._with({**kwargs, "stop": stop})
+        with await called._asubmit([prompt], raw=self.raw) as rows:
             async for row in rows:
-                chunk = self._chunk(row)
+                chunk = called._chunk(row)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
@@ -144,12 +127,13 @@ class Gemma2LLM(Gemma2Fields, LLM):
     ) -> LLMResult:
         result = _Rows(len(prompts))
         managers = _by_row(row_managers, run_manager)
-        with self._submit(prompts, self.raw, stop, kwargs) as rows:
+        called = self._with({**kwargs, "stop": stop})
+        with called._submit(prompts, raw=self.raw) as rows:
             for row in rows:
-                chunk = result.add(row.index, self._chunk(row))
+                chunk = result.add(row.index, called._chunk(row))
                 if row.index in managers:
                     managers[row.index].on_llm_new_token(chunk.text, chunk=chunk)
-        return result.llm_result(self.model)
+        return result.llm_result(called.model)
 
     async def _agenerate(
         self,
@@ -161,12 +145,13 @@ class Gemma2LLM(Gemma2Fields, LLM):
     ) -> LLMResult:
         result = _Rows(len(prompts))
         managers = _by_row(row_managers, run_manager)
-        with await self._asubmit(prompts, self.raw, stop, kwargs) as rows:
+        called = self._with({**kwargs, "stop": stop})
+        with await called._asubmit(prompts, raw=self.raw) as rows:
             async for row in rows:
-                chunk = result.add(row.index, self._chunk(row))
+                chunk = result.add(row.index, called._chunk(row))
                 if row.index in managers:
                     await managers[row.index].on_llm_new_token(chunk.text, chunk=chunk)
-        return result.llm_result(self.model)
+        return result.llm_result(called.model)
 
     # LangChain makes one run a prompt and hands `_generate` the first alone; each prompt's tokens
     # belong to its own.

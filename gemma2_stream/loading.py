@@ -56,8 +56,11 @@ _by_weights: dict[tuple[object, ...], Gemma2Engine] = {}
 _lock = threading.Lock()
 
 
-def shared_engine(spec: LoadSpec) -> Gemma2Engine:
-    """The process's engine for `spec`, loaded the first time that it is asked for.
+def shared_engine(
+    spec: LoadSpec, *, token: str | None = None, max_retries: int = 0
+) -> Gemma2Engine:
+    """The process's engine for `spec`, loaded the first time that it is asked for, and downloaded
+    before with `token` and `max_retries` (see `hub.resolve`).
 
     Two specs that come to the same folder, dtype, device and attention share one. A closed engine
     is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
@@ -68,7 +71,12 @@ def shared_engine(spec: LoadSpec) -> Gemma2Engine:
     if known is not None and not known.closed:
         return known
     folder = hub.resolve(
-        spec.model, revision=spec.revision, source=spec.source, cache_dir=spec.cache_dir
+        spec.model,
+        revision=spec.revision,
+        source=spec.source,
+        cache_dir=spec.cache_dir,
+        token=token,
+        max_retries=max_retries,
     ).resolve()
     # One load at a time: two would fight for the disk and the memory.
     with _lock:

@@ -7,6 +7,7 @@ control tokens that the *template* wrote become control tokens. The spelling of 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,10 @@ class PromptEncoder:
     def turns(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation, through the template, ready for the model's next turn.
 
-        Raises PromptError where the tokenizer has no template or the template refuses.
+        Any number of system, user and assistant turns in any order: neighbours of one role become
+        one turn, a conversation that the assistant opens gets an empty user turn before it, and
+        system turns are part of the user's where the template knows no system role, as Gemma 2's
+        does not. Raises PromptError where the tokenizer has no template or the template refuses.
         """
         if not self._tokenizer.chat_template:
             raise PromptError(
@@ -42,8 +46,9 @@ class PromptEncoder:
                 "prompts as they are, or use an instruction-tuned checkpoint, such as one that "
                 "ends in -it"
             )
-        mark = self._unused_mark([text for turn in turns for text in turn.values()])
-        marked = [{k: self._mark(text, mark) for k, text in turn.items()} for turn in turns]
+        turns = alternating(turns, system_role=self._system_role)
+        mark = self._unused_mark([turn["content"] for turn in turns])
+        marked = [{**turn, "content": self._mark(turn["content"], mark)} for turn in turns]
         return self._ids(self._render(marked), mark)
 
     def raw(self, text: str) -> list[int]:
@@ -67,6 +72,18 @@ class PromptEncoder:
         """Ids of plain text: no BOS, no turns, and no control tokens whatever it spells."""
         mark = self._unused_mark([text])
         return self._ids(self._mark(text, mark), mark)
+
+    @functools.cached_property
+    def _system_role(self) -> bool:
+        """Whether the template has a place for a system turn."""
+        from jinja2 import TemplateError
+
+        probe = [{"role": "system", "content": "is this shown?"}, {"role": "user", "content": "u"}]
+        try:
+            shown = self._tokenizer.apply_chat_template(probe, tokenize=False)
+        except TemplateError:
+            return False
+        return "is this shown?" in shown
 
     def _render(self, turns: Sequence[Turn]) -> str:
         from jinja2 import TemplateError
@@ -115,6 +132,31 @@ class PromptEncoder:
                     "as by text.encode('utf-8', 'replace').decode()"
                 ) from error
         return ids
+
+
+def alternating(turns: Sequence[Turn], *, system_role: bool) -> list[Turn]:
+    """`turns` as user and assistant in alternation, after one system turn if there is such a role.
+
+    Raises PromptError for no turns at all, and for a role that is none of the three.
+    """
+    if not turns:
+        raise PromptError("the conversation is empty: it needs at least one message")
+    merged: list[tuple[str, list[str]]] = []
+    for turn in turns:
+        role = turn["role"]
+        if role not in ("system", "user", "assistant"):
+            raise PromptError(f"role {role!r} is none of 'system', 'user' and 'assistant'")
+        leads = all(before == "system" for before, _ in merged)
+        if role == "system" and not (system_role and leads):
+            role = "user"
+        if role == "assistant" and leads:
+            merged.append(("user", []))
+        if not merged or merged[-1][0] != role:
+            merged.append((role, []))
+        merged[-1][1].append(turn["content"])
+    if merged[-1][0] == "system":  # some templates show it only with what the user says
+        merged[-1] = ("user", merged[-1][1])
+    return [{"role": role, "content": "\n\n".join(texts)} for role, texts in merged]
 
 
 def _unshared(backend: Any, added: dict[int, Any]) -> Any:

@@ -14,6 +14,7 @@ import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from .errors import NotFiniteError
+from .grammar import Constraint
 from .types import Request, SamplingParams
 
 # top_p needs sorted logits. Nearly always these many hold the mass, and finding them among 256,000
@@ -73,13 +74,22 @@ class Sampler:
 
 
 class RowLogits(LogitsProcessor):
-    """Gives each row of a batch its own penalty and its own choice.
+    """Gives each row of a batch its own penalty, its own grammar and its own choice.
 
-    `width` is the rows' common prompt length once left-padded.
+    `constraints` are the rows' grammars, None for a row without; `width` is the rows' common prompt
+    length once left-padded.
     """
 
-    def __init__(self, requests: Sequence[Request], width: int, *, check_finite: bool) -> None:
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        constraints: Sequence[Constraint | None],
+        width: int,
+        *,
+        check_finite: bool,
+    ) -> None:
         params = [request.params for request in requests]
+        self._constraints = constraints
         self._samplers = [Sampler(p) if p.temperature else None for p in params]
         self._penalties = [
             RepetitionPenaltyLogitsProcessor(p.repetition_penalty)
@@ -92,7 +102,8 @@ class RowLogits(LogitsProcessor):
 
     @property
     def needed(self) -> bool:
-        return self._check_finite or any(self._samplers) or any(self._penalties)
+        needs = (*self._samplers, *self._penalties, *self._constraints)
+        return self._check_finite or any(need is not None for need in needs)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """`input_ids` (rows, tokens so far); `scores` (rows, vocabulary), changed in place."""
@@ -101,13 +112,24 @@ class RowLogits(LogitsProcessor):
                 "the model computed NaN: float16 overflows in Gemma 2; load it with "
                 "dtype='bfloat16' or dtype='float32'"
             )
-        for row, (sampler, penalty) in enumerate(zip(self._samplers, self._penalties, strict=True)):
+        rows = zip(self._samplers, self._penalties, self._constraints, strict=True)
+        for row, (sampler, penalty, constraint) in enumerate(rows):
             if penalty is not None:
                 # Padding is not part of the text, so it is not penalised.
                 ids = input_ids[row : row + 1, self._padding[row] :]
                 scores[row : row + 1] = penalty(ids, scores[row : row + 1])
-            if sampler is not None:
-                choice = sampler.choose(scores[row])
+            if sampler is not None or constraint is not None:
+                choice = _choose(scores[row], sampler, constraint)
                 scores[row] = -torch.inf
                 scores[row, choice] = 0.0
         return scores
+
+
+def _choose(logits: torch.Tensor, sampler: Sampler | None, constraint: Constraint | None) -> int:
+    """The next token id of one row, from `logits` of shape (vocabulary,), which may be changed."""
+    if constraint is not None and not constraint.done:
+        constraint.mask(logits)
+    choice = int(logits.argmax()) if sampler is None else sampler.choose(logits)
+    if constraint is not None and not constraint.done:
+        choice = constraint.take(choice)
+    return choice

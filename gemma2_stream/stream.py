@@ -83,17 +83,18 @@ class Channel:
 class TokenStream:
     """The caller's end: an iterator and an async iterator of `Chunk`, in the order of production.
 
-    Every row ends with the chunk that carries its verdict. An exception in the engine is raised
-    here, itself, with its traceback. `close` (or leaving `with`, or dropping the object) cancels
-    what is still being generated and never waits; `cancel` does the same from another thread and
-    lets the reader see the verdict `cancelled`. With a timeout, GenerationTimeoutError is raised
-    when it runs out, and the work is cancelled.
+    Every row ends with the chunk that carries its verdict, and the last of these ends the stream.
+    An exception in the engine is raised here, itself, with its traceback. `close` (or leaving
+    `with`, or dropping the object) cancels what is still being generated and never waits; `cancel`
+    does the same from another thread and lets the reader see the verdict `cancelled`. With a
+    timeout, GenerationTimeoutError is raised when it runs out, and the work is cancelled.
     """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._items = channel._items
         self._open = True
+        self._rows_left = len(channel.requests)
         # Waking the loop from the worker must not keep this object alive, hence a weak finalizer
         # on the channel and never a reference from the channel to here.
         self._finalizer = weakref.finalize(self, channel.cancel)
@@ -151,14 +152,20 @@ class TokenStream:
 
     def _taken(self, item: Chunk | BaseException | None) -> Chunk | None:
         if isinstance(item, Chunk):
+            self._rows_left -= item.finish_reason is not None
+            if self._rows_left == 0:  # other streams of the same forwards may go on for long
+                self._end()
             return item
-        self._open = False
-        self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
+        self._end()
         if isinstance(item, _FLOW):
             raise RuntimeError(f"the model raised {type(item).__name__}") from item
         if item is not None:
             raise item
         return None
+
+    def _end(self) -> None:
+        self._open = False
+        self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
 
     async def _arrival(self) -> None:
         """Wait until the worker has put something since we last found the queue empty."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
+MAX_ROWS = 32
+"""Rows in one forward; a longer group runs in several."""
+
 Turn = Mapping[str, str]
 """One turn of a conversation, as chat templates take it: `{"role": ..., "content": ...}`."""
 
@@ -131,10 +134,13 @@ SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams))
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row of work: `prompt_ids`, shape (prompt tokens,), and resolved parameters."""
+    """One row of work: `prompt_ids`, shape (prompt tokens,), and resolved parameters. With a
+    `grammar` (see `grammar.py` for its language) the text of the answer matches it.
+    """
 
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +191,9 @@ class Engine(Protocol):
 
     def submit(self, requests: Sequence[Request]) -> TokenStream:
         """Queue `requests` as the rows of one stream, and return at once."""
+
+    def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
+        """The same, with a stream for each request; they may be decoded together."""
 
     def close(self) -> None:
         """Stop the thread, free the weights, end what is in flight. May be called twice."""

@@ -20,7 +20,7 @@ from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, live_caches, reference
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
-from gemma2_stream.engine import MAX_UNREAD
+from gemma2_stream.engine import MAX_ROWS, MAX_UNREAD
 
 PROMPT = "How do I stream?"
 LONG = 400
@@ -195,7 +195,9 @@ async def test_an_async_handler_that_raises_stops_the_model(
     assert watch.count <= 7
 
 
-@pytest.mark.parametrize("path", ["astream", "ainvoke", "abatch", "chain.astream", "chain.ainvoke"])
+@pytest.mark.parametrize(
+    "path", ["astream", "ainvoke", "abatch", "chain.astream", "chain.ainvoke", "chain.abatch"]
+)
 async def test_a_cancelled_task_stops_the_model(llm: Gemma2LLM, watch: Forwards, path: str) -> None:
     """Cancelled while the model is inside its sixth forward, it makes no other."""
     reached, release = watch.gate(6)
@@ -210,13 +212,61 @@ async def test_a_cancelled_task_stops_the_model(llm: Gemma2LLM, watch: Forwards,
         elif path.endswith("ainvoke"):
             await runnable.ainvoke(ask)
         else:
-            await runnable.abatch([ask, "b"])
+            await runnable.abatch([ask, ask])
 
     task = asyncio.create_task(work())
     await asyncio.to_thread(_wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await _ticks()
+    release.set()
+    await asyncio.to_thread(llm.engine.join)
+    assert watch.count <= 7
+
+
+async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behind(
+    engine: Gemma2Engine, watch: Forwards
+) -> None:
+    """Its request is submitted after it has gone: by then nobody holds the stream."""
+    reached, release = threading.Event(), threading.Event()
+
+    class Slow:
+        """The engine, but for an encoding that waits at a gate."""
+
+        name, defaults, tokenize = engine.name, engine.defaults, engine.tokenize
+        submit, close = engine.submit, engine.close
+
+        def encode(self, *prompt: Any, **options: Any) -> list[int]:
+            reached.set()
+            _wait(release)
+            return engine.encode(*prompt, **options)
+
+    slow = Gemma2LLM(engine=Slow(), max_new_tokens=LONG)
+    task = asyncio.create_task(slow.ainvoke(PROMPT))
+    await asyncio.to_thread(_wait, reached)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    release.set()
+    assert await asyncio.wait_for(Gemma2LLM(engine=engine).ainvoke("x", max_tokens=2), 30)
+    await asyncio.to_thread(engine.join)
+    assert watch.count <= 1 + 3
+
+
+async def test_an_async_stream_that_is_only_dropped_stops_the_model(
+    llm: Gemma2LLM, watch: Forwards
+) -> None:
+    """`break` without `aclose`: the event loop closes what nobody holds."""
+    reached, release = watch.gate(6)
+
+    async def leave() -> None:
+        async for _ in llm.astream(PROMPT):
+            await asyncio.to_thread(_wait, reached)
+            break
+
+    await leave()
+    gc.collect()
     await _ticks()
     release.set()
     await asyncio.to_thread(llm.engine.join)
@@ -308,6 +358,22 @@ def test_cancel_from_another_thread_keeps_the_partial_answer(
     assert chunks[-1].usage.completion_tokens == 5  # the sixth was not wanted any more
     whole = reference(llm.engine, PROMPT, 8)
     assert whole.startswith("".join(chunk.text for chunk in chunks))
+
+
+def test_a_cancelled_batch_begins_no_further_group(llm: Gemma2LLM, watch: Forwards) -> None:
+    """Rows that wait behind the 32 of the first forward get their verdict without one."""
+    reached, release = watch.gate(3)
+    rows = 3 * MAX_ROWS
+    stream = llm.engine.submit([_request(llm)] * rows)
+    _wait(reached)
+    stream.cancel()
+    release.set()
+    verdicts = [chunk for chunk in stream if chunk.finish_reason is not None]
+    llm.engine.join()
+
+    assert watch.count == 3
+    assert [chunk.finish_reason for chunk in verdicts] == ["cancelled"] * rows
+    assert {chunk.index for chunk in verdicts} == {*range(rows)}
 
 
 def test_cancel_may_be_called_at_any_time_and_twice(llm: Gemma2LLM) -> None:

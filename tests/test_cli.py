@@ -150,6 +150,37 @@ def test_raw_text_is_sent_as_it_is(run: Run) -> None:
     assert run("--raw", stdin=prompt).out == Gemma2LLM("demo").invoke("你是谁") + "\n"
 
 
+def test_a_real_pipe() -> None:
+    """`echo ... | gemma2-stream`, in bytes."""
+    done = subprocess.run(
+        COMMAND, input="你是谁\n".encode(), env=environment(), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stdout.decode()) == (
+        0,
+        Gemma2LLM("demo").invoke("你是谁\n") + "\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ("--temperature 50 --seed 0", {"temperature": 50.0, "seed": 0}),
+        ("--temperature 50 --seed 0 --top-k 3", {"temperature": 50.0, "seed": 0, "top_k": 3}),
+        ("--temperature 50 --seed 0 --top-p 0.5", {"temperature": 50.0, "seed": 0, "top_p": 0.5}),
+        ("--temperature 50 --seed 0 --min-p 0.5", {"temperature": 50.0, "seed": 0, "min_p": 0.5}),
+        ("--repetition-penalty 0.1", {"repetition_penalty": 0.1}),
+    ],
+)
+def test_sampling_options_reach_the_model(
+    run: Run, options: str, parameters: dict[str, float]
+) -> None:
+    """The answer is what the parameters of the same names give, and not the greedy one."""
+    llm = Gemma2LLM("demo", max_new_tokens=12)
+    out = run(*options.split(), "--max-new-tokens", "12", "Tell me a story").out
+    assert out == llm.invoke("Tell me a story", **parameters) + "\n"
+    assert out != llm.invoke("Tell me a story") + "\n"
+
+
 def test_nothing_to_ask_shows_the_help(run: Run) -> None:
     for stdin in (Terminal("never read"), "", "\n"):
         status, out, err = run(stdin=stdin)

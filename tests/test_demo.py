@@ -86,6 +86,18 @@ def test_the_architecture_is_gemma_2(model: Gemma2ForCausalLM) -> None:
     assert model.generation_config.eos_token_id == config.eos_token_id == [1, END_OF_TURN]
 
 
+def test_enough_is_taught_in_enough_words() -> None:
+    """60 questions or more, each with several phrasings to learn in either language, and none of
+    the phrasings of the exam is among the words to learn."""
+    topics = [topic for topic in TOPICS.values() if "answer" in topic]
+    assert len(topics) >= 60
+    for topic in topics:
+        assert topic["answer"].keys() == topic["train"].keys() == topic["test"].keys()
+        for language, phrasings in topic["train"].items():
+            assert len({*phrasings}) + sum(p.count("|") for p in phrasings) >= 3
+            assert not {*phrasings} & {*topic["test"][language]}
+
+
 def test_special_tokens_have_the_ids_of_gemma() -> None:
     """Every special token stands where the real tokenizer has it."""
     ids = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<unused0>": 5}

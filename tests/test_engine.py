@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import AsyncIterable, Callable
 
 import pytest
 import torch
+from langchain_core.runnables import RunnableLambda
 from tiny import Forwards, greedy, reference
 
 from gemma2_stream import (
@@ -38,14 +41,19 @@ def test_the_engine_is_an_engine(engine: Gemma2Engine) -> None:
     assert isinstance(engine, Engine)
 
 
+@pytest.mark.parametrize("path", ["batch", "abatch", "chain.batch", "chain.abatch"])
 def test_a_batch_shares_its_forwards(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards], path: str
 ) -> None:
     """At most the longest row's steps and the prefill; never the sum of the rows."""
     watch = forwards(random_engine)
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=16)
+    runnable = RunnableLambda(str) | llm if path.startswith("chain") else llm
 
-    texts = llm.batch(PROMPTS)
+    if path.endswith("abatch"):
+        texts = asyncio.run(runnable.abatch(PROMPTS))
+    else:
+        texts = runnable.batch(PROMPTS)
 
     assert watch.count <= 16 + 1
     assert texts == [reference(random_engine, prompt, 16) for prompt in PROMPTS]
@@ -128,6 +136,21 @@ async def test_tasks_are_served_in_the_order_they_came(
     words = [400, 1, 200, 2, 3]
     await asyncio.gather(*[llm.ainvoke("word " * n) for n in words])
     assert watch.tokens == [len(random_engine.encode("word " * n)) for n in words]
+
+
+def test_waiting_for_ones_turn_keeps_no_event_loop_alive(random_engine: Gemma2Engine) -> None:
+    """A program that calls `asyncio.run` again and again leaves no loops behind."""
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=1)
+    loops: list[weakref.ref[asyncio.AbstractEventLoop]] = []
+
+    async def ask() -> None:
+        loops.append(weakref.ref(asyncio.get_running_loop()))
+        await asyncio.gather(*[llm.ainvoke("x") for _ in range(3)])
+
+    for _ in range(2):
+        asyncio.run(ask())
+    gc.collect()
+    assert [loop() for loop in loops] == [None, None]
 
 
 def test_requests_are_served_in_the_order_they_came(
@@ -337,6 +360,27 @@ def test_closing_ends_requests_in_flight_and_refuses_new_ones(
         engine.submit([_request(random_engine, "x")])
 
 
+async def test_closing_ends_tasks_that_read_and_that_wait(random_engine: Gemma2Engine) -> None:
+    """On an event loop, in a stream and before its first token: EngineClosedError, at once."""
+    engine = Gemma2Engine(random_engine.model, random_engine.tokenizer, name="closing")
+    watch = Forwards(engine.model)
+    reached, release = watch.gate(3)
+    llm = Gemma2LLM(engine=engine)
+
+    async def read(stream: AsyncIterable[object]) -> list[object]:
+        return [text async for text in stream]
+
+    running = asyncio.create_task(read(llm.astream("x")))
+    assert await asyncio.to_thread(reached.wait, 30)
+    waiting = [read(engine.submit([_request(engine, prompt)])) for prompt in ("y", "z")]
+    closer = asyncio.create_task(asyncio.to_thread(engine.close))
+    ends = await asyncio.gather(running, *waiting, return_exceptions=True)
+    release.set()
+    await closer
+    watch.remove()
+    assert [type(end) for end in ends] == [EngineClosedError] * 3
+
+
 def test_an_engine_that_nobody_holds_lets_its_thread_end(random_engine: Gemma2Engine) -> None:
     """Forgetting to close leaks neither the thread nor the weights."""
     engine = Gemma2Engine(random_engine.model, random_engine.tokenizer)
@@ -383,16 +427,39 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(0)", "del stream, llm"])
+ASYNC = """
+import asyncio
+del stream, waiting
+async def leave():
+    tasks = [asyncio.create_task(llm.ainvoke("How do I stream?")) for _ in range(3)]
+    async for _ in llm.astream("Hello"):
+        break
+    {}
+asyncio.run(leave())
+"""
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "pass",
+        "raise SystemExit(0)",
+        "del stream, llm",
+        "llm.engine.close()",
+        ASYNC.format("return"),
+        ASYNC.format("raise SystemExit(0)"),
+    ],
+)
 def test_the_interpreter_leaves_cleanly_with_requests_in_flight(ending: str) -> None:
-    """No hang, no crash, nothing on stderr."""
+    """One runs, others wait: no hang, no crash, nothing on stderr."""
     code = f"""
-import os
-from gemma2_stream import Gemma2LLM
+from gemma2_stream import Gemma2LLM, Request, SamplingParams
 llm = Gemma2LLM("demo")
 stream = llm.stream("How do I stream?")
 next(stream)
-others = [llm.engine.submit(r) for r in []]
+request = Request(tuple(llm.engine.encode("Hello")), SamplingParams())
+long = Request((2, *[300] * 5000), SamplingParams())
+waiting = [llm.engine.submit([r]) for r in (request, long, request)]
 {ending}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import RunnableLambda
 from tiny import Forwards, live_caches, reference
 from transformers import Gemma2ForCausalLM, LogitsProcessor
 
@@ -21,6 +23,10 @@ PROMPT = "Who are you?"
 
 class Broken(RuntimeError):
     """Raised inside the model."""
+
+
+def _chain(llm: Gemma2LLM) -> Any:
+    return RunnableLambda(str) | llm | StrOutputParser()
 
 
 class Errors(BaseCallbackHandler):
@@ -37,7 +43,7 @@ class Errors(BaseCallbackHandler):
         self.ends += 1
 
 
-async def _astream(llm: Gemma2LLM, config: Any) -> str:
+async def _astream(llm: Any, config: Any) -> str:
     return "".join([text async for text in llm.astream(PROMPT, config)])
 
 
@@ -48,6 +54,9 @@ PATHS: dict[str, Callable[[Gemma2LLM, Any], Any]] = {
     "ainvoke": lambda llm, config: asyncio.run(llm.ainvoke(PROMPT, config)),
     "astream": lambda llm, config: asyncio.run(_astream(llm, config)),
     "abatch": lambda llm, config: asyncio.run(llm.abatch([PROMPT], config))[0],
+    "chain.invoke": lambda llm, config: _chain(llm).invoke(PROMPT, config),
+    "chain.stream": lambda llm, config: "".join(_chain(llm).stream(PROMPT, config)),
+    "chain.astream": lambda llm, config: asyncio.run(_astream(_chain(llm), config)),
 }
 ERRORS = {
     "an error": Broken("in the model"),
@@ -89,6 +98,21 @@ def test_an_exception_reaches_the_caller_unchanged(
     assert handler.ends == 0
     assert not live_caches()
     assert PATHS[path](llm, None) == reference(engine, PROMPT, 6)
+
+
+def test_an_exception_whose_causes_go_in_a_circle_reaches_the_caller(
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """A library may set `__cause__` as it likes; the worker does not go round for ever."""
+    watch = forwards(random_engine)
+    watch.fail_at[1] = first = Broken("first")
+    first.__cause__ = Broken("second")
+    first.__cause__.__cause__ = first
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3, timeout=30)
+
+    with pytest.raises(Broken, match="first"):
+        llm.invoke(PROMPT)
+    assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 3)
 
 
 class Exploding(LogitsProcessor):
@@ -147,6 +171,24 @@ def test_requests_that_wait_behind_a_failing_one_are_served(
     for thread in waiting:
         thread.join()
     assert expected == [reference(random_engine, PROMPT, 5)] * 3
+
+
+async def test_tasks_that_wait_behind_a_failing_one_are_served(
+    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """On the event loop too; a batch that waits is a batch that is answered."""
+    watch = forwards(random_engine)
+    reached, release = watch.gate(2)
+    watch.fail_at[2] = error = Broken("mid")
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=5)
+
+    failing = asyncio.create_task(llm.ainvoke(PROMPT))
+    assert await asyncio.to_thread(reached.wait, 30)
+    waiting = [asyncio.create_task(llm.abatch([PROMPT, PROMPT])) for _ in range(2)]
+    release.set()
+    assert await asyncio.gather(failing, return_exceptions=True) == [error]
+    answers = await asyncio.gather(*waiting)
+    assert answers == [[reference(random_engine, PROMPT, 5)] * 2] * 2
 
 
 def test_a_batch_that_fails_returns_its_exceptions(

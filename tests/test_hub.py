@@ -274,10 +274,11 @@ def test_a_damaged_file_is_removed_and_fetched_again(model: str, hub: Hub, cache
     assert (resolve(model, cache_dir=cache) / SHARD).read_bytes() == hub.files[SHARD]
 
 
-def test_small_files_are_verified_too(hub: Hub, cache: Path) -> None:
+@both
+def test_small_files_are_verified_too(model: str, hub: Hub, cache: Path) -> None:
     hub.spoil.add("tokenizer_config.json")
     with pytest.raises(ChecksumError, match="'tokenizer_config"):
-        resolve(HUGGINGFACE, cache_dir=cache)
+        resolve(model, cache_dir=cache)
 
 
 def test_what_another_program_downloaded_is_verified(hub: Hub, cache: Path) -> None:
@@ -291,6 +292,21 @@ def test_what_another_program_downloaded_is_verified(hub: Hub, cache: Path) -> N
     )
     with pytest.raises(ChecksumError):
         resolve(HUGGINGFACE, cache_dir=cache)
+
+
+@pytest.mark.parametrize("name", [SHARD, "tokenizer_config.json"])
+def test_what_lies_damaged_in_modelscopes_cache_is_not_used(
+    name: str, hub: Hub, cache: Path
+) -> None:
+    """As another program, or a failing disk, may have left it: of the right size."""
+    folder = resolve(MODELSCOPE, cache_dir=cache)
+    (folder / ".gemma2_stream.json").unlink()
+    (folder / name).write_bytes(hub.files[name][:-1] + b"?")
+    try:
+        folder = resolve(MODELSCOPE, cache_dir=cache)
+    except ChecksumError:
+        folder = resolve(MODELSCOPE, cache_dir=cache)
+    assert (folder / name).read_bytes() == hub.files[name]
 
 
 # --- refused, missing, dead ----------------------------------------------------------------------

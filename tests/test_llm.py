@@ -6,9 +6,11 @@ import asyncio
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
@@ -16,7 +18,7 @@ from langchain_core.messages import HumanMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from langchain_core.runnables import ConfigurableField
-from tiny import Forwards, reference
+from tiny import DEMO, Forwards, reference
 
 from gemma2_stream import Gemma2_LLM, Gemma2Engine, Gemma2LLM, ParameterError
 
@@ -32,7 +34,7 @@ def llm(engine: Gemma2Engine) -> Gemma2LLM:
 # Stops -------------------------------------------------------------------------------------------
 
 
-async def _all_paths(llm: Gemma2LLM, prompt: str, **kwargs: Any) -> list[str]:
+async def _all_paths(llm: Any, prompt: str, **kwargs: Any) -> list[str]:
     """The answer by every path; they should not differ."""
     return [
         llm.invoke(prompt, **kwargs),
@@ -75,16 +77,15 @@ def test_a_stop_that_is_half_said_is_given_back(llm: Gemma2LLM) -> None:
     assert llm.invoke(PROMPT, stop=[whole[-2:] + "…"]) == whole
 
 
-def test_stops_of_the_instance_and_of_the_call_add_up(engine: Gemma2Engine) -> None:
-    """Neither replaces the other: the one that comes first cuts."""
+async def test_stops_of_the_instance_and_of_the_call_add_up(engine: Gemma2Engine) -> None:
+    """Neither replaces the other, on any path: the one that comes first cuts."""
     whole = reference(engine, PROMPT, N)
     early, late = whole[2:5], whole[8:12]
     for mine, yours in ((early, late), (late, early)):
         llm = Gemma2LLM(engine=engine, max_new_tokens=N, stop=[mine])
         expected = whole[: whole.index(early)]
-        assert llm.invoke(PROMPT, stop=[yours]) == expected
-        assert llm.bind(stop=[yours]).invoke(PROMPT) == expected
-        assert "".join(llm.stream(PROMPT, stop=[yours])) == expected
+        assert await _all_paths(llm, PROMPT, stop=[yours]) == [expected] * 6
+        assert await _all_paths(llm.bind(stop=[yours]), PROMPT) == [expected] * 6
         assert llm.sampling_params.stop == (mine,)
 
 
@@ -168,6 +169,27 @@ async def test_each_token_reaches_each_handler_once_and_in_order(
             assert handler.loops == {asyncio.get_running_loop()}
 
 
+async def test_handlers_of_the_constructor_and_of_a_chain_are_told_too(llm: Gemma2LLM) -> None:
+    """Wherever a handler was given, it gets each token once, for each row of a batch as well."""
+    mine, chains, expected = Record(), Record(), reference(llm.engine, PROMPT, N)
+    heard = Gemma2LLM(engine=llm.engine, max_new_tokens=N, callbacks=[mine])
+    chain: Any = PromptTemplate.from_template("{q}") | heard | StrOutputParser()
+    ask, config = {"q": PROMPT}, {"callbacks": [chains]}
+    runs = [
+        lambda: chain.invoke(ask, config),
+        lambda: list(chain.stream(ask, config)),
+        lambda: chain.batch([ask, ask], config),
+    ]
+    for run in runs:
+        run()
+    await chain.ainvoke(ask, config)
+    assert [text async for text in chain.astream(ask, config)]
+    await chain.abatch([ask, ask], config)
+    for record in (mine, chains):
+        assert ["".join(tokens) for tokens in record.tokens.values()] == [expected] * 8
+        assert record.ends.keys() == record.tokens.keys()
+
+
 def test_a_token_is_told_before_it_is_yielded(llm: Gemma2LLM) -> None:
     """When the caller has text, the handlers have had it."""
     record = Record()
@@ -204,6 +226,35 @@ def test_parameters_are_honoured_and_read_back(llm: Gemma2LLM) -> None:
 
 
 @pytest.mark.parametrize(
+    "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 1e-9}], ids=str
+)
+def test_what_narrows_the_choice_to_one_is_greedy(llm: Gemma2LLM, narrow: dict[str, Any]) -> None:
+    """Each sampling parameter reaches the model, on the instance and in the call."""
+    hot = {"temperature": 5.0, **narrow}
+    expected = reference(llm.engine, PROMPT, N)
+    assert llm.invoke(PROMPT, temperature=5.0) != expected
+    assert llm.invoke(PROMPT, **hot) == expected
+    assert Gemma2LLM(engine=llm.engine, max_new_tokens=N, **hot).invoke(PROMPT) == expected
+
+
+def test_the_repetition_penalty_is_that_of_generate(llm: Gemma2LLM) -> None:
+    """Bare `generate` with the same penalty says the same, though it counts the prompt's ids."""
+    ids = torch.tensor([llm.engine.encode(PROMPT)])
+    output = llm.engine.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=N,
+        do_sample=False,
+        repetition_penalty=0.1,
+        eos_token_id=[1, 107],
+        pad_token_id=0,
+    )
+    expected = llm.engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert expected != reference(llm.engine, PROMPT, N)
+    assert llm.invoke(PROMPT, repetition_penalty=0.1) == expected
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"temprature": 0.5}, "did you mean 'temperature'"),
@@ -237,6 +288,10 @@ def test_a_wrong_parameter_is_refused_before_any_forward(
         lambda: list(llm.stream(PROMPT, **wrong)),
         lambda: llm.batch([PROMPT], **wrong),
         lambda: asyncio.run(llm.ainvoke(PROMPT, **wrong)),
+        lambda: asyncio.run(llm.abatch([PROMPT], **wrong)),
+        lambda: asyncio.run(anext(llm.astream(PROMPT, **wrong))),
+        lambda: llm.generate([PROMPT], **wrong),
+        lambda: llm.bind(**wrong).invoke(PROMPT),
         lambda: Gemma2LLM(engine=random_engine, **wrong).invoke(PROMPT),
     ):
         with pytest.raises(ParameterError, match=message):
@@ -350,6 +405,29 @@ def test_a_cached_answer_is_the_answer(
     assert len(cache._cache) == 3
 
 
+def test_engines_of_one_checkpoint_in_two_dtypes_share_no_cache_entry(
+    random_engine: Gemma2Engine, cache: InMemoryCache
+) -> None:
+    """Both are called what the checkpoint is called, and round differently."""
+    halved = copy.deepcopy(random_engine.model).bfloat16()
+    with Gemma2Engine(halved, random_engine.tokenizer, name=random_engine.name) as other:
+        for engine in (random_engine, other):
+            Gemma2LLM(engine=engine, max_new_tokens=3).invoke(PROMPT)
+    assert len(cache._cache) == 2
+
+
+def test_a_relative_folder_shares_no_cache_entry_with_its_namesake(
+    cache: InMemoryCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that outlives the process meets the same words in another directory."""
+    for number, place in enumerate(["one", "other"], 1):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "model").symlink_to(DEMO)
+        monkeypatch.chdir(tmp_path / place)
+        Gemma2LLM("./model", max_new_tokens=1).invoke(PROMPT)
+        assert len(cache._cache) == number
+
+
 def test_tokens_are_counted_by_gemmas_tokenizer(llm: Gemma2LLM) -> None:
     """Plain text without BOS; messages as they will be sent; `trim_messages` works with it."""
     expected = llm.engine.tokenizer("你好, hello", add_special_tokens=False)["input_ids"]
@@ -439,6 +517,12 @@ def test_copies_and_pickles_share_the_weights(demo_engine: Gemma2Engine) -> None
     assert clone.invoke("你是谁") == reference(demo_engine, "你是谁", 5)
 
 
+def test_a_model_with_an_engine_of_its_own_says_why_it_does_not_pickle(llm: Gemma2LLM) -> None:
+    """And what to pickle in its place."""
+    with pytest.raises(TypeError, match=r"pickle Gemma2LLM\(model="):
+        pickle.dumps(llm)
+
+
 def test_a_repr_shows_parameters_and_no_objects(llm: Gemma2LLM) -> None:
     """Traces send it: it must hold neither engine nor tokenizer."""
     assert "Gemma2Engine" not in repr(llm)
@@ -450,8 +534,6 @@ def test_a_repr_shows_parameters_and_no_objects(llm: Gemma2LLM) -> None:
 
 def test_the_tutorials_last_script_runs_unchanged(demo_engine: Gemma2Engine) -> None:
     """Its class name, its positional path, and calling the object: with a hint at `invoke`."""
-    from tiny import DEMO
-
     llm = Gemma2_LLM(str(DEMO))
     with pytest.warns(DeprecationWarning, match="invoke"):
         answer = llm("你是谁")

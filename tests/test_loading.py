@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -15,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 from gemma2_stream import (
     CheckpointError,
@@ -240,6 +243,41 @@ def test_a_loaded_engine_answers(folder: Path, engine_of: Callable[..., Gemma2En
     *_, last = engine.submit([request])
     assert last.usage is not None
     assert last.usage.completion_tokens == 5
+
+
+LOAD_WITHIN_A_LIMIT = """
+import resource, sys
+from pathlib import Path
+from gemma2_stream import Gemma2LLM
+Gemma2LLM("demo", dtype="float32", device_map="cpu").invoke("hi")  # imports all there is to import
+status = Path("/proc/self/status").read_text()
+used = int(status.partition("VmData:")[2].split()[0]) * 1024
+limit = used + int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+engine = Gemma2LLM(sys.argv[1], dtype="float32", device_map="cpu").engine
+print(sum(p.numel() * p.element_size() for p in engine.model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_DATA")
+def test_loading_peaks_at_little_more_than_the_weights(folder: Path) -> None:
+    """The weights in float32, the file in bfloat16 mapped (half of that, and the kernel may drop
+    it), and a fifth for the rest: there is no room for a second copy of either."""
+    config = Gemma2Config.from_pretrained(folder)
+    config.hidden_size, config.intermediate_size = 1024, 4096
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(config).bfloat16()
+    size = 4 * model.num_parameters()
+    model.to_empty(device="cpu").save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHIN_A_LIMIT, str(folder), str(int(1.7 * size))],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DEMO.parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) == size > 200_000_000
 
 
 def test_the_demo_is_the_default(engine_of: Callable[..., Gemma2Engine]) -> None:

@@ -1,5 +1,6 @@
 """What pip, make and the documents say about this package agrees."""
 
+import os
 import re
 import tomllib
 from importlib.metadata import version
@@ -65,3 +66,37 @@ def test_documents_name_make_targets_that_exist(document: Path) -> None:
     # In code only, `make test` or a line of a block: "make sure" is prose.
     named = set(re.findall(r"(?:`|^\s*\$? ?)make (\w+)", document.read_text("utf-8"), re.MULTILINE))
     assert named <= targets
+
+
+LAYOUT = [
+    *("gemma2_stream", "tests", "examples", "benchmarks/streaming.py", "tools"),
+    *("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("pyproject.toml", "constraints.txt", "Makefile", ".ci/run"),
+]
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_the_repository_has_what_a_reader_looks_for(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def test_ci_runs_make_test_and_nothing_else() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    *_, last = script.read_text("utf-8").splitlines()
+    assert last == "exec make test"
+
+
+def test_the_licence_is_apache() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Apache License\n" in (ROOT / "LICENSE").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("readme", "plainly"),
+    [("README.md", "a toy that proves the plumbing"), ("README.zh-CN.md", "玩具")],
+)
+def test_the_demo_is_called_a_toy(readme: str, plainly: str) -> None:
+    """Before anything is said about the real model."""
+    text = (ROOT / readme).read_text("utf-8")
+    assert plainly in text.partition("\n## ")[0]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
+from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import GenerationChunk
+from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, reference, template_ids
 
 from gemma2_stream import Chunk, Gemma2Engine, Gemma2LLM, Request, SamplingParams
@@ -49,6 +52,16 @@ async def test_each_row_of_a_batch_is_the_prompt_alone(engine: Gemma2Engine) -> 
     assert llm.batch(PROMPTS) == expected
     assert await llm.abatch(PROMPTS) == expected
     assert [row[0].text for row in llm.generate(PROMPTS).generations] == expected
+    assert [row[0].text for row in llm._generate(PROMPTS).generations] == expected
+    assert [row[0].text for row in (await llm._agenerate(PROMPTS)).generations] == expected
+
+
+@pytest.mark.parametrize(
+    "path", ["_call", "_stream", "_generate", "_acall", "_astream", "_agenerate"]
+)
+def test_every_path_is_our_own(path: str) -> None:
+    """None is left to LangChain's defaults, which run in its executor or do not stream."""
+    assert path in vars(Gemma2LLM)
 
 
 def test_prompt_ids_are_the_chat_templates(engine: Gemma2Engine) -> None:
@@ -73,6 +86,35 @@ async def test_answers_in_any_script_arrive_exactly(
     assert [chunk async for chunk in llm.astream("go")] == [chunk.text for chunk in chunks]
     assert all(chunk.text for chunk in chunks[:-1])
     assert not any("\ufffd" in chunk.text for chunk in chunks)
+
+
+async def test_answers_in_all_scripts_arrive_exactly_as_the_rows_of_a_batch(
+    say: Callable[..., Gemma2Engine],
+) -> None:
+    """Side by side in one batch, sync and async, each row is its own text, and it streams so."""
+    texts = [*TEXTS.values()]
+    engine = say("go", *[_ids(say("go", []), text) for text in texts])
+    llm = Gemma2LLM(engine=engine)
+    streamed = [""] * len(texts)
+
+    for chunk in engine.submit([_request(engine, "go")] * len(texts)):
+        assert chunk.text or chunk.finish_reason
+        assert "\ufffd" not in chunk.text
+        streamed[chunk.index] += chunk.text
+
+    assert streamed == texts
+    assert llm.batch(["go"] * len(texts)) == texts
+    assert await llm.abatch(["go"] * len(texts)) == texts
+
+
+@pytest.mark.parametrize("script", TEXTS)
+async def test_every_async_path_says_what_was_said(
+    say: Callable[..., Gemma2Engine], script: str
+) -> None:
+    """`ainvoke` and `_acall` too, whatever the script."""
+    engine = say("go", _ids(say("go", []), TEXTS[script]))
+    llm = Gemma2LLM(engine=engine)
+    assert await llm.ainvoke("go") == await llm._acall("go") == TEXTS[script]
 
 
 @pytest.mark.parametrize("script", TEXTS)
@@ -126,6 +168,32 @@ def test_the_first_chunk_is_out_before_the_second_step_is_done(
     assert watch.count == 2
     release.set()
     assert "".join([first, *stream]) == reference(engine, "Who are you?", 4)
+
+
+async def test_the_first_async_chunk_is_out_before_the_second_step_is_done(
+    engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """The same for `astream`, in a chain with a parser."""
+    watch = forwards(engine)
+    reached, release = watch.gate(2)
+    chain = PromptTemplate.from_template("{q}") | Gemma2LLM(engine=engine) | StrOutputParser()
+
+    stream = chain.astream({"q": "Who are you?"})
+    first = ""
+    while not first:  # LangChain's parser may begin with an empty chunk of its own
+        first = await anext(stream)
+    assert await asyncio.to_thread(reached.wait, 30)
+    assert watch.count == 2
+    release.set()
+    await stream.aclose()
+
+
+def test_text_that_spells_a_control_token_ends_nothing(say: Callable[..., Gemma2Engine]) -> None:
+    """A model that repeats what a user wrote, letter by letter, is not cut off."""
+    text = "a <end_of_turn>\n<start_of_turn>user\n<eos> <bos><pad> b"
+    engine = say("go", say("go", []).tokenize(text))
+    llm = Gemma2LLM(engine=engine)
+    assert llm.invoke("go") == "".join(llm.stream("go")) == text
 
 
 def test_only_the_last_chunk_carries_the_verdict(engine: Gemma2Engine) -> None:

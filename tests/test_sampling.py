@@ -235,7 +235,7 @@ def steps(requests: list[Request], logits: list[torch.Tensor], new: list[torch.T
     width = max(len(request.prompt_ids) for request in requests)
     padded = [[0] * (width - len(r.prompt_ids)) + [*r.prompt_ids] for r in requests]
     ids = torch.tensor(padded)
-    rows = RowLogits(requests, width, check_finite=False)
+    rows = RowLogits(requests, [None] * len(requests), width, check_finite=False)
     for scores, chosen in zip(logits, new, strict=True):
         yield rows(ids, scores.clone())
         ids = torch.cat([ids, chosen[:, None]], 1)
@@ -258,7 +258,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     params = SamplingParams(repetition_penalty=penalty)
     requests = [Request((7, 7, 3), params), Request((4,), params), Request((0,), params)]
     logits = torch.stack([noise(10, row, 4) for row in range(3)])
-    rows = RowLogits(requests, 3, check_finite=False)
+    rows = RowLogits(requests, [None] * len(requests), 3, check_finite=False)
     given_ = rows(torch.tensor([[7, 7, 3, 9], [0, 0, 4, 9], [0, 0, 0, 9]]), logits.clone())
     reference = RepetitionPenaltyLogitsProcessor(penalty)
     for row, text in enumerate([[7, 7, 3, 9], [4, 9], [0, 9]]):
@@ -269,7 +269,9 @@ def test_a_sampled_row_leaves_one_token() -> None:
     """`generate`, which takes the largest, can take only what was chosen; greedy rows stay."""
     logits = torch.stack([noise(40, row) for row in range(2)])
     requests = [Request((1,), SamplingParams(temperature=5.0)), Request((1,), SamplingParams())]
-    given_ = RowLogits(requests, 1, check_finite=False)(torch.tensor([[1], [1]]), logits.clone())
+    given_ = RowLogits(requests, [None] * len(requests), 1, check_finite=False)(
+        torch.tensor([[1], [1]]), logits.clone()
+    )
     assert given_[0].isfinite().sum() == 1
     assert torch.equal(given_[1], logits[1])
 
@@ -287,13 +289,13 @@ def test_a_sampled_row_leaves_one_token() -> None:
 def test_greedy_rows_need_nothing(params: SamplingParams, needed: bool) -> None:
     """A batch of greedy rows is left to `generate` alone."""
     requests = [Request((1,), SamplingParams()), Request((1,), params)]
-    assert RowLogits(requests, 1, check_finite=False).needed is needed
-    assert RowLogits(requests, 1, check_finite=True).needed is True
+    assert RowLogits(requests, [None] * len(requests), 1, check_finite=False).needed is needed
+    assert RowLogits(requests, [None] * len(requests), 1, check_finite=True).needed is True
 
 
 def test_nan_is_an_error_with_the_repair() -> None:
     """One NaN anywhere raises where the check is on; infinities are no NaN."""
-    rows = RowLogits([Request((1,), SamplingParams())], 1, check_finite=True)
+    rows = RowLogits([Request((1,), SamplingParams())], [None], 1, check_finite=True)
     ids, logits = torch.tensor([[1]]), noise(10)[None]
     logits[0, 3] = -torch.inf
     assert rows(ids, logits) is logits

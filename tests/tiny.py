@@ -53,7 +53,8 @@ class ScriptedGemma2(Gemma2ForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        step = output.past_key_values.get_seq_length() - self.width
+        cache = output.cache if "cache" in output else output.past_key_values  # renamed in 5.24
+        step = cache.get_seq_length() - self.width
         if step >= 0:
             for row, ids in enumerate(self.script):
                 wanted = ids[step] if step < len(ids) else self.config.eos_token_id[0]

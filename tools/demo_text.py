@@ -103,7 +103,9 @@ class DemoText:
         while normalise(question) in self.held_out:
             question = self.ask(topic, language)
         if self.rng.random() < 0.3:
-            question = self.rng.choice(self.framing["train"][language]).replace("{q}", question)
+            framed = self.rng.choice(self.framing["train"][language]).replace("{q}", question)
+            if normalise(framed) not in self.held_out:
+                question = framed
         return Turn(topic.name, language, question, topic.answer[language])
 
     def ask(self, topic: Topic, language: str) -> str:

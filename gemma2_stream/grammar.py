@@ -1,0 +1,227 @@
+"""A grammar that an answer cannot leave: which tokens it allows next, and how to end it in time.
+
+Knows llguidance, a tokenizer and one row of logits; no LangChain. A grammar is text in llguidance's
+Lark dialect (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), in which
+`%json {...}` stands for all that a JSON schema admits.
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .detokenizer import Pieces, pieces_of
+from .errors import GrammarError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# Grammars kept compiled: those of an application's tools and answers, which come again and again.
+_KEPT = 64
+
+# What leads out of a JSON value soonest, and then what a value may begin with, cheapest first.
+_WAY_OUT = '}]",:ntf' + "1234567890" + "[{" + "-.TZ"
+_LETTERS = string.ascii_letters + string.digits + string.punctuation + " "
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer, whose embedding has `vocab_size` rows.
+
+    `encode` gives the ids of plain text, in which no control token occurs whatever it spells.
+
+    The vocabulary is only read when the first grammar comes (a second for Gemma 2's 256,000).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        encode: Callable[[str], list[int]],
+        vocab_size: int,
+        end_ids: Sequence[int],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._encode = encode
+        self._vocab_size = vocab_size
+        self._end_ids = list(end_ids)
+        self._lock = threading.Lock()
+        self._compiled = functools.lru_cache(_KEPT)(self._compile)
+
+    def check(self, grammar: str) -> None:
+        """Raises GrammarError for a grammar that cannot be compiled."""
+        with self._lock:  # two callers with one new grammar compile it once
+            self._compiled(grammar)
+
+    def constraint(self, grammar: str, limit: int) -> Constraint:
+        """What holds one answer of at most `limit` tokens to `grammar`."""
+        with self._lock:
+            matcher = self._compiled(grammar).deep_copy()
+        return Constraint(matcher, self._closing_ids, self._end_ids, limit)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        from llguidance import LLMatcher, LLParserLimits
+
+        limits = LLParserLimits(verbose_errors=False)  # they would quote the whole grammar
+        matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise GrammarError(
+                f"what the answer must match cannot be enforced: {_reason(matcher)}. Take that out "
+                "of the JSON schema or the grammar, and check for it in the answer instead"
+            )
+        return matcher
+
+    @functools.cached_property
+    def _vocabulary(self) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper, hf
+
+        pieces = pieces_of(self._tokenizer)
+        if pieces is None:
+            return hf.from_tokenizer(self._tokenizer, self._vocab_size, self._end_ids)
+        # A quarter of the time: the tokenizer need not be written out as JSON and read again.
+        return LLTokenizer(
+            TokenizerWrapper(_Vocabulary(self._tokenizer, pieces, self._vocab_size, self._encode)),
+            eos_token=self._end_ids,
+        )
+
+    @functools.cached_property
+    def _closing_ids(self) -> _ClosingIds:
+        ids = {c: self._vocabulary.tokenize_str(c) for c in _WAY_OUT + _LETTERS}
+        return _ClosingIds({c: found[0] for c, found in ids.items() if len(found) == 1})
+
+
+def _reason(matcher: LLMatcher) -> str:
+    return matcher.get_error().partition("\n")[0].removesuffix(".")
+
+
+class _Vocabulary:
+    """A tokenizer as llguidance asks for it: the bytes of every token, and plain text as ids."""
+
+    def __init__(
+        self, tokenizer: Any, pieces: Pieces, size: int, encode: Callable[[str], list[int]]
+    ) -> None:
+        self._encode = encode
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
+        self.tokens: list[bytes] = []
+        self.special_token_ids: list[int] = []
+        for token_id in range(size):
+            piece = pieces[token_id]
+            if piece is None:
+                self.special_token_ids.append(token_id)
+                # No text begins with this byte, so no grammar of text admits the token.
+                piece = b"\xff[%d]" % token_id
+            self.tokens.append(piece if isinstance(piece, bytes) else piece.encode())
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._encode(text.decode() if isinstance(text, bytes) else text)
+
+
+class _ClosingIds:
+    """Single characters as ids, in the orders in which an end is looked for."""
+
+    def __init__(self, ids: dict[str, int]) -> None:
+        self.quote, self.letter = ids['"'], ids["z"]
+        self.way_out = [ids[c] for c in _WAY_OUT if c in ids]
+        self.letters = [ids[c] for c in _LETTERS if c in ids]
+
+
+class Constraint:
+    """One answer on its way through a grammar. Used by the worker alone.
+
+    `limit` is the most tokens that the answer may have. As long as one way to the end is known that
+    fits, no choice is accepted that leaves none: so an answer is whole when its limit comes, and
+    `cut` tells that the limit decided how it ends. Where no end is found (`limit` is too small, or
+    a regular expression hides it) the answer runs free within the grammar.
+    """
+
+    def __init__(
+        self, matcher: LLMatcher, closing: _ClosingIds, end_ids: Sequence[int], limit: int
+    ) -> None:
+        self._matcher = matcher
+        self._closing = closing
+        self._end_ids = end_ids
+        self._left = limit
+        self._plan = self._way_to_end(matcher.deep_copy())
+        self.cut = False
+        self.done = False
+
+    def mask(self, scores: torch.Tensor) -> None:
+        """Forbid in `scores`, shape (vocabulary,), what the grammar cannot take next; in place."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()  # in an error it allows an end of turn, as if all were well
+        allowed = np.unpackbits(bits, count=len(scores), bitorder="little")
+        scores.masked_fill_(torch.from_numpy(allowed == 0).to(scores.device), -torch.inf)
+
+    def take(self, token_id: int) -> int:
+        """The model chose `token_id`, which the mask allows; the answer goes on with what is
+        returned, which is the same unless that would leave no room to end.
+
+        Raises GrammarError when the grammar has outgrown what can be computed.
+        """
+        if self._plan is not None and not self._still_ends(token_id, self._plan):
+            token_id, *self._plan = self._plan
+            self.cut = True
+        self._left -= 1
+        if token_id in self._end_ids:
+            self.done = True
+        else:
+            self._matcher.consume_token(token_id)
+            self._check()
+            self.done = self._matcher.is_stopped()
+        return token_id
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(
+                f"the answer's grammar cannot be followed: {_reason(self._matcher)}. Simplify the "
+                "JSON schema or the grammar"
+            )
+
+    def _still_ends(self, token_id: int, plan: list[int]) -> bool:
+        """Whether the answer can end in time after `token_id`; keeps the plan for it if so."""
+        if token_id in self._end_ids:
+            return True
+        if token_id == plan[0]:
+            self._plan = plan[1:]
+            return True
+        # Mostly (inside a string, say) what ended the answer before still does.
+        same = [token_id, *plan]
+        if len(plan) <= self._left and self._matcher.validate_tokens(same) == len(same):
+            return True
+        after = self._matcher.deep_copy()
+        if not after.consume_token(token_id) or (found := self._way_to_end(after, 1)) is None:
+            return False
+        self._plan = found
+        return True
+
+    def _way_to_end(self, matcher: LLMatcher, ahead: int = 0) -> list[int] | None:
+        """Ids that end the grammar of `matcher`, which is `ahead` tokens further on, or None where
+        the tokens left do not suffice. The last is an end of turn, for which no room is needed.
+
+        What is forced is taken, else the first character that closes something or begins a short
+        value. Those of a free text take turns, so that a repetition in a regular expression ends.
+        """
+        plan: list[int] = []
+        turn = 0
+        while not matcher.is_accepting():
+            step = matcher.compute_ff_tokens()
+            if not step:
+                letters = self._closing.letters[turn:] + self._closing.letters[:turn]
+                in_text = matcher.validate_tokens([self._closing.letter])
+                order = (
+                    [self._closing.quote, *letters] if in_text else self._closing.way_out + letters
+                )
+                found = next((i for i in order if matcher.validate_tokens([i])), None)
+                if found is None:
+                    return None
+                if in_text:
+                    turn = self._closing.letters.index(found) + 1 if found in letters else turn
+                step = [found]
+            plan += step
+            if len(plan) > self._left - ahead or not matcher.consume_tokens(step):
+                return None
+        return [*plan, self._end_ids[0]]
