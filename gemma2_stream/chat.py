@@ -33,10 +33,16 @@ from langchain_core.runnables import (
 )
 from langchain_core.runnables.config import get_config_list, get_executor_for_config
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from .fields import CALL_NAMES, Gemma2Fields, Parameters
-from .formats import FORMAT_NAMES, Method, answer_format, structured, tools_of
+from .formats import (
+    FORMAT_NAMES,
+    Method,
+    answer_format,
+    openai_tool,
+    structured,
+    tools_of,
+)
 from .messages import turns_of
 from .together import Place, Together
 from .tools import AnswerFormat, CallParser, CallPart
@@ -256,7 +262,7 @@ class ChatGemma2(Gemma2Fields, BaseChatModel):
         of that tool). `parallel_tool_calls` says whether there may be several calls; by default
         where the model decides, and not where a call is forced. Raises ParameterError.
         """
-        bound: dict[str, Any] = {"tools": [convert_to_openai_tool(tool) for tool in tools]}
+        bound: dict[str, Any] = {"tools": [openai_tool(tool) for tool in tools]}
         if tool_choice is not None:
             bound["tool_choice"] = tool_choice
         if parallel_tool_calls is not None:

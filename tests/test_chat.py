@@ -574,6 +574,22 @@ def test_a_stop_inside_a_structured_answer_ends_it_and_the_parser_says_so(
     assert "stop='age'" in str(error)
 
 
+class Link(BaseModel):
+    """A link of a chain."""
+
+    next: Link | None
+
+
+def test_a_tool_whose_arguments_recur_keeps_its_schema(chat: ChatGemma2) -> None:
+    """LangChain would put "anything" where a type refers to itself."""
+    bound: Any = chat.bind_tools([Link], tool_choice="any")
+    parameters = bound.kwargs["tools"][0]["function"]["parameters"]
+    assert "$ref" in str(parameters["$defs"]["Link"])
+    longer = chat.model_copy(update={"max_new_tokens": 60})
+    answer = longer.bind_tools([Link], tool_choice="any").invoke(PROMPT)
+    assert Link(**answer.tool_calls[0]["args"])
+
+
 def test_a_call_that_a_stop_cuts_is_not_called_one(chat: ChatGemma2) -> None:
     """It is invalid, streamed or not, and the reason is the stop's, not "tool_calls"."""
     forced = chat.model_copy(update={"max_new_tokens": 60}).bind_tools([Person], tool_choice="any")
