@@ -254,6 +254,18 @@ def test_a_handler_that_raises_ends_the_batch_and_caches_nothing(
     assert cached.invoke(PROMPT).text == reference(chat.engine, PROMPT, N)
 
 
+async def test_an_abatch_that_failed_leaves_no_task_at_work(
+    chat: ChatGemma2, watch: Forwards
+) -> None:
+    """On a loop that goes on: the others are cancelled, and the model stops."""
+    configs: list[Any] = [{}, {"callbacks": [Stops()]}, {}]
+    with pytest.raises(Stopped):
+        await chat.abatch(QUESTIONS[1:4], configs, max_tokens=400, stop=["never said"])
+    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+    await asyncio.to_thread(chat.engine.join)
+    assert watch.count < 20
+
+
 class Refuses(BaseCallbackHandler):
     """Raises before the model is asked."""
 
