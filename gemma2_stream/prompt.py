@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .errors import PromptError
@@ -81,14 +82,10 @@ class PromptEncoder:
     @functools.cached_property
     def _system_role(self) -> bool:
         """Whether the template has a place for a system turn."""
-        from jinja2 import TemplateError
-
-        probe = [{"role": "system", "content": "is this shown?"}, {"role": "user", "content": "u"}]
-        try:
-            shown = self._tokenizer.apply_chat_template(probe, tokenize=False)
-        except TemplateError:
-            return False
-        return "is this shown?" in shown
+        # In a thread of its own: a template's refusal keeps the frames below it until a garbage
+        # collection, and below us are those that hold an engine and its weights.
+        with ThreadPoolExecutor(max_workers=1) as apart:
+            return apart.submit(_shows_system, self._tokenizer).result()
 
     def _render(self, turns: Sequence[Turn]) -> str:
         from jinja2 import TemplateError
@@ -137,6 +134,16 @@ class PromptEncoder:
                     "as by text.encode('utf-8', 'replace').decode()"
                 ) from error
         return ids
+
+
+def _shows_system(tokenizer: Any) -> bool:
+    from jinja2 import TemplateError
+
+    probe = [{"role": "system", "content": "is this shown?"}, {"role": "user", "content": "u"}]
+    try:
+        return "is this shown?" in tokenizer.apply_chat_template(probe, tokenize=False)
+    except TemplateError:
+        return False
 
 
 def alternating(turns: Sequence[Turn], *, system_role: bool) -> list[Turn]:

@@ -142,6 +142,7 @@ class TokenStream:
     def close(self) -> None:
         """Stop generating and read no more. May be called twice."""
         self._open = False
+        self._channel._wake = None
         self.cancel()
 
     def __enter__(self) -> Self:
@@ -170,6 +171,7 @@ class TokenStream:
 
     def _end(self) -> None:
         self._open = False
+        self._channel._wake = None  # the worker may hold the channel a little longer than the loop
         self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
 
     async def _arrival(self) -> None:
