@@ -26,7 +26,8 @@ How:
        torch thread by default: more would spin on busy cores, and what is ours is Python. CPU time
        is the whole process's. Intervals are a 95 % bootstrap of the median of paired differences.
        Where neighbours drown a difference of microseconds, the account still tells: CPU time that
-       the streamer takes within `generate`, and the calling thread in all.
+       the streamer takes within `generate`, and the calling thread in all. It is an upper bound:
+       bare `generate` asks stopping criteria too, and the caller runs beside the model.
     b  A model whose logits are forced to the ids of a known text runs through the whole of each
        library, and pauses at every step so that the reader is idle before the next; the smaller of
        two passes counts, since a slow machine can only add lag. A character is complete with the
@@ -786,8 +787,6 @@ def verdicts(parts: Result) -> Iterator[tuple[str, str, str]]:
             for clock in ("cpu", "wall"):
                 us = figures["arms"][arm][clock]["overhead_us"]
                 yield f"{goal}, {clock}", span(us), against(us[0], us[2], OVERHEAD_GOAL)
-            us = figures["account_us"][arm]["both"]
-            yield f"{goal}, account", span(us), against(us[0], us[2], OVERHEAD_GOAL)
         if "stack" in parts.get("a", {}):
             for clock in ("cpu", "wall"):
                 ratio = parts["a"]["stack"]["arms"][arm][clock]["ratio"]
