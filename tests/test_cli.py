@@ -168,7 +168,7 @@ def test_a_real_pipe() -> None:
         ("--temperature 50 --seed 0 --top-k 3", {"temperature": 50.0, "seed": 0, "top_k": 3}),
         ("--temperature 50 --seed 0 --top-p 0.5", {"temperature": 50.0, "seed": 0, "top_p": 0.5}),
         ("--temperature 50 --seed 0 --min-p 0.5", {"temperature": 50.0, "seed": 0, "min_p": 0.5}),
-        ("--repetition-penalty 0.1", {"repetition_penalty": 0.1}),
+        ("--repetition-penalty 3", {"repetition_penalty": 3.0}),
     ],
 )
 def test_sampling_options_reach_the_model(
