@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import time
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # C0 without \t and \n, DEL, and C1: what a terminal obeys instead of showing.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+SLOW = 0.02
+"""Seconds of drawing from which on not every token is drawn at once."""
 
 
 def printable(text: str) -> str:
@@ -71,6 +74,7 @@ class MarkdownScreen:
 
         self._blocks = Blocks()
         self._printed = False
+        self._drawn = self._took = 0.0
         self._live = Live(
             Text("…", style="dim"),
             console=_console(out),
@@ -92,29 +96,33 @@ class MarkdownScreen:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            self._print(self._blocks.flush())
+            self._draw(self._blocks.flush())
         finally:
             self._live.stop()
 
     def write(self, text: str) -> None:
         """Show `text`, which goes on where the last one ended."""
-        from rich.segment import SegmentLines
-
         finished = self._blocks.feed(printable(text))
-        if finished:
-            self._print(finished)
-        if self._blocks.open.strip():
-            lines = self._lines(_split(self._blocks.open))
-            room = max(1, self._live.console.height - 1)
-            self._live.update(SegmentLines(lines[-room:], new_lines=True), refresh=True)
+        began = time.monotonic()
+        # Drawing that takes long must not hold up the tokens: it gets half of the time at most.
+        if finished or self._took < SLOW or began - self._drawn > self._took:
+            self._draw(finished)
+            self._drawn = time.monotonic()
+            self._took = self._drawn - began
 
-    def _print(self, blocks: list[str]) -> None:
+    def _draw(self, finished: list[str]) -> None:
         from rich.segment import SegmentLines
 
-        self._live.update("")  # seen together with what is printed
-        lines = self._lines(blocks)
-        self._live.console.print(SegmentLines(lines, new_lines=True))
-        self._printed = self._printed or bool(lines)
+        console = self._live.console
+        with console:  # in one write, so nothing is seen twice
+            if lines := self._lines(finished):
+                console.print(SegmentLines(lines, new_lines=True))
+                self._printed = True
+            if self._printed or self._blocks.open.strip():
+                room = max(1, console.height - 1)
+                lines = self._lines(_split(_shortened(self._blocks.open, room)))
+                last = lines[-room:] or [[]]  # Live cannot go back over nothing
+                self._live.update(SegmentLines(last, new_lines=True), refresh=True)
 
     def _lines(self, blocks: list[str]) -> list[list[Segment]]:
         """The lines of `blocks`, and an empty one before each but the first of the answer."""
@@ -145,6 +153,14 @@ def _split(source: str) -> list[str]:
     lines = re.findall(r"[^\n]*\n|[^\n]+", source)  # as Markdown counts them
     borders = [0, *starts[1:], len(lines)]
     return ["".join(lines[start:end]) for start, end in itertools.pairwise(borders)]
+
+
+def _shortened(source: str, room: int) -> str:
+    """`source`, but of long code only what can be seen: to colour all of it takes long."""
+    first, *rest = re.findall(r"[^\n]*\n|[^\n]+", source) or [""]
+    if len(rest) > room and first.startswith(("```", "~~~")):
+        rest = rest[-room - 1 :]  # of which the last may close it, and not be shown
+    return "".join([first, *rest])
 
 
 def _renderable(source: str) -> ConsoleRenderable:

@@ -114,7 +114,7 @@ class _Session:
         raise NotImplementedError
 
     def obey(self, line: str) -> None:
-        name, _, rest = line.partition(" ")
+        name, rest = [*line.split(maxsplit=1), ""][:2]
         commands: dict[str, Callable[[str], None]] = {
             "/clear": self._clear,
             "/save": self._save,
@@ -130,7 +130,7 @@ class _Session:
         elif rest and name != "/save":
             self.complain(f"{name} takes nothing after it, and got {rest!r}")
         else:
-            commands[name](rest.strip())
+            commands[name](rest)
 
     def _clear(self, _: str) -> None:
         self.conversation.clear()
