@@ -1,6 +1,7 @@
 """`gemma2-stream`: the answer goes to stdout as it is made, and everything else to stderr.
 
-Knows `Gemma2LLM` and the hub. Loads torch and LangChain inside functions, so `--help` is quick.
+Knows `Gemma2LLM`, the chat and the hub. Loads torch and LangChain inside functions, so `--help` is
+quick.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 128 + 2, 128 + 13
 
 _USAGE = """gemma2-stream [options] "question"
+       gemma2-stream chat [options]
        gemma2-stream download MODEL [options]
        gemma2-stream info [options]"""
 
@@ -33,15 +35,26 @@ Ask a Gemma 2 that runs on this machine, and see the answer as it is made.
 
   gemma2-stream "question"           asks
   ls | gemma2-stream "explain"       asks, with the piped text below the question
+  gemma2-stream chat                 talks with you, until Ctrl-D
   gemma2-stream download MODEL       fetches a model and prints its folder
   gemma2-stream info                 tells what would be used
 
-`download` and `info` are commands when they come first. To ask just that word:
-gemma2-stream -- info"""
+`chat`, `download` and `info` are commands when they come first. To ask just that
+word: gemma2-stream -- info"""
 
 _EPILOG = """\
 stdout gets the answer and a final newline, nothing else. Exit status: 0, or 1 for
 an error, 2 for wrong usage, 130 after Ctrl-C, 141 when the reader of stdout left."""
+
+_CHAT_DESCRIPTION = """\
+Talk with the model. On a terminal, answers are shown as Markdown while they are made,
+Ctrl-C stops one and keeps the conversation, and /help tells the commands. Without a
+terminal, each line of stdin is a question, and stdout gets the answers, nothing else."""
+
+_CHAT_EPILOG = """\
+Exit status: 0, or 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when the
+reader of stdout left. A question that fails does not end the conversation; without a
+terminal, the status at the end is then 1."""
 
 _UNSET = {"max_new_tokens": "all that the context holds"} | dict.fromkeys(
     ("seed", "stop", "timeout"), "none"
@@ -123,7 +136,7 @@ def _unicode(argument: str) -> str:
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """Arguments with `run`, the function that does what they ask for."""
-    commands = {"download": _download_parser, "info": _info_parser}
+    commands = {"chat": _chat_parser, "download": _download_parser, "info": _info_parser}
     if argv and argv[0] in commands:
         return commands[argv[0]]().parse_args(argv[1:])
     parser = _ask_parser()
@@ -153,6 +166,19 @@ def _ask_parser() -> argparse.ArgumentParser:
     _add_sampling(parser)
     _add_loading(_add_model(parser))
     parser.set_defaults(run=_ask)
+    return parser
+
+
+def _chat_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gemma2-stream chat",
+        description=_CHAT_DESCRIPTION,
+        epilog=_CHAT_EPILOG,
+    )
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before you speak")
+    _add_sampling(parser)
+    _add_loading(_add_model(parser))
+    parser.set_defaults(run=_chat)
     return parser
 
 
@@ -261,6 +287,14 @@ def _ask(args: argparse.Namespace, out: IO[str]) -> int:
     if not end.endswith("\n"):
         out.write("\n")
     return 0
+
+
+def _chat(args: argparse.Namespace, out: IO[str]) -> int:
+    from . import terminal_chat
+    from .chat import ChatGemma2
+
+    chat = ChatGemma2(**_given(args, *_LOADING, *_SAMPLING))
+    return terminal_chat.run(chat, system=args.system, out=out)
 
 
 def _download(args: argparse.Namespace, out: IO[str]) -> int:

@@ -201,7 +201,7 @@ def test_stop_understands_escapes(run: Run, endless: Path, typed: str, stop: str
     )
 
 
-@pytest.mark.parametrize("word", ["info", "download"])
+@pytest.mark.parametrize("word", ["chat", "info", "download"])
 def test_the_words_of_commands_can_be_asked(run: Run, endless: Path, word: str) -> None:
     options = ("--model", endless, "--max-new-tokens", "2")
     assert run(*options, "--", word).out == "AA\n"
