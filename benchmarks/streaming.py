@@ -604,6 +604,9 @@ class Replay:
         channel.put(None)
         return TokenStream(channel)
 
+    def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
+        return [self.submit([request]) for request in requests]
+
     def close(self) -> None: ...
 
 
