@@ -193,7 +193,7 @@ class ChatGemma2(Gemma2Fields, BaseChatModel):
         """Answer `inputs` in shared forwards, up to `max_concurrency` or 32 at a time."""
         answers: list[Any] = []
         for part, configs in _parts(inputs, config):
-            group = Together(len(part))
+            group = Together(len(part), or_none=not return_exceptions)
 
             def one(place: Place, given: Any, config: RunnableConfig, group: Any = group) -> Any:
                 with place:
@@ -229,7 +229,7 @@ class ChatGemma2(Gemma2Fields, BaseChatModel):
 
         answers: list[Any] = []
         for part, configs in _parts(inputs, config):
-            places = Together(len(part)).places
+            places = Together(len(part), or_none=not return_exceptions).places
             tasks = [
                 asyncio.create_task(one(*each)) for each in zip(places, part, configs, strict=True)
             ]

@@ -36,6 +36,7 @@ class Channel:
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = tuple(requests)
         self.cancelled = False
+        self.error: BaseException | None = None
         self.finished = threading.Event()
         self._started = False
         # Reentrant: a garbage collection inside `start` may run the finalizer that calls `cancel`.
@@ -71,6 +72,7 @@ class Channel:
 
     def fail(self, error: BaseException) -> None:
         """End the stream with `error` now, whatever the worker is doing, and have it stop."""
+        self.error = error
         self.put(error)
         self.put(None)
         self.cancelled = True
@@ -134,6 +136,11 @@ class TokenStream:
     def cancel(self) -> None:
         """Stop generating; the reader still gets what was made, and the verdict `cancelled`."""
         self._finalizer()
+
+    @property
+    def refusal(self) -> BaseException | None:
+        """Why nothing is generated, where that was clear from the start."""
+        return self._channel.error
 
     def fail(self, error: BaseException) -> None:
         """Stop generating; the reader still gets what was made, and then `error` is raised."""

@@ -16,10 +16,14 @@ from .types import Engine, Request
 
 
 class Together:
-    """Waits for `count` callers, each of which joins with a request or leaves without one."""
+    """Waits for `count` callers, each of which joins with a request or leaves without one.
 
-    def __init__(self, count: int) -> None:
+    With `or_none`, a request that is refused keeps all the others from being decoded.
+    """
+
+    def __init__(self, count: int, *, or_none: bool = False) -> None:
         self._missing = count
+        self._or_none = or_none
         self._lock = threading.Lock()
         self._waiting: list[tuple[Engine, Request, Future[TokenStream]]] = []
         self._streams: list[TokenStream] = []
@@ -55,7 +59,10 @@ class Together:
             for _, _, future in wanted:
                 future.set_exception(error)
             return
+        refusals = [stream.refusal for stream in self._streams if stream.refusal is not None]
         for (_, _, future), stream in zip(wanted, self._streams, strict=True):
+            if refusals and self._or_none:
+                stream.fail(refusals[0])
             future.set_result(stream)
 
 
