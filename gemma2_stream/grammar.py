@@ -37,6 +37,14 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder=
 _BARRIERS = torch.from_numpy(np.where(_BITS, np.float32(0), np.float32(-np.inf)))
 
 
+# Inside strings, most of all, one mask comes again and again, in the other rows of a batch too.
+@functools.lru_cache(16)
+def _barriers(bits: bytes, device: torch.device) -> torch.Tensor:
+    """What a bitmask adds to logits, shape (8 * bytes,), a megabyte for 256,000 tokens."""
+    eights = torch.from_numpy(np.frombuffer(bits, np.uint8).astype(np.int32)).to(device)
+    return _BARRIERS.to(device).index_select(0, eights).view(-1)
+
+
 class Grammars:
     """Compiles grammars for one tokenizer, whose embedding has `vocab_size` rows.
 
@@ -172,11 +180,9 @@ class Constraint:
 
     def mask(self, scores: torch.Tensor) -> None:
         """Forbid in `scores`, shape (vocabulary,), what the grammar cannot take next; in place."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        bits = self._matcher.compute_bitmask()
         self._check()  # in an error it allows an end of turn, as if all were well
-        eights = torch.from_numpy(bits.astype(np.int32)).to(scores.device)
-        barriers = _BARRIERS.to(scores.device).index_select(0, eights)
-        scores += barriers.view(-1)[: len(scores)]
+        scores += _barriers(bits, scores.device)[: len(scores)]
 
     def take(self, token_id: int) -> int:
         """The model chose `token_id`, which the mask allows; the answer goes on with what is
