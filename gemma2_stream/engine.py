@@ -1,20 +1,18 @@
-"""The engine: one worker thread that runs every `model.generate`, one group of rows after another.
+"""The engine: what callers hold, and the one worker thread that runs every `model.generate`.
 
 Knows transformers and torch; no LangChain. Callers hand in `Request`s from any thread and read a
-`TokenStream`; only the worker touches the model, so there is no lock around it.
+`TokenStream`; only the worker touches the model, so there is no lock around it. What it does when
+is the scheduler's.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import copy
-import inspect
+import functools
 import os
 import queue
 import threading
-import time
-import traceback
 import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,37 +20,27 @@ from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig
 
 from .detokenizer import detokenizer_for
-from .errors import EngineClosedError, Gemma2StreamError, ParameterError, PromptTooLongError
+from .errors import (
+    EngineBusyError,
+    EngineClosedError,
+    Gemma2StreamError,
+    ParameterError,
+    PromptTooLongError,
+)
 from .grammar import Grammars
+from .kv import can_join, token_bytes
+from .prefixes import PrefixCache
 from .prompt import PromptEncoder
-from .sampling import RowLogits
+from .scheduler import Limits, Scheduler, free_bytes
 from .stream import Channel, TokenStream
-from .streamer import Row, TokenStreamer
+from .streamer import Row
 from .types import MAX_ROWS, Request, SamplingParams, Turn
 
-# Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
-# with eager attention, prefill is faster too; a cancel is seen between layers within it.
-PREFILL_CHUNK = 512
-
-# A reader this many chunks behind has stopped reading: the model waits, unless others wait for it.
-MAX_UNREAD = 256
-
-# transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
-_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-_CACHE_NAME = "cache" if _RENAMED else "past_key_values"
-
-
-class _Cancelled(BaseException):
-    """Unwinds `generate` from inside the prefill, where no criterion is asked."""
+# What of the free memory prefixes may take when nobody says, and the most of it, in bytes.
+_PREFIX_SHARE, _PREFIX_MOST = 0.1, 4 * 2**30
 
 
 class Gemma2Engine:
@@ -68,9 +56,27 @@ class Gemma2Engine:
     cache keys; by default it is the checkpoint's path, or made up when there is none.
     `defaults` is what the checkpoint's generation config says, and `context_length` its positions,
     prompt and answer together (8,192 for Gemma 2).
+
+    Requests join those that are being decoded: `max_rows` at once, as long as they hold at most
+    `max_cached_tokens` (rows times the longest of them, prompt and answer; a lone one may have
+    more). `None` is what fits in half of the memory that is free now. The others wait in order;
+    with `max_waiting`, a request that finds as many waiting is refused with EngineBusyError.
+    `prefix_cache_bytes` is what keys and values of past prompts and answers may take, so that the
+    next turn of a conversation need not compute them; 0 keeps none, and `None` is a tenth of the
+    free memory, 4 GiB at most.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str | None = None,
+        max_rows: int = MAX_ROWS,
+        max_waiting: int | None = None,
+        max_cached_tokens: int | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ParameterError(
                 f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer: load it with "
@@ -90,6 +96,14 @@ class Gemma2Engine:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.attn_implementation: str | None = model.config._attn_implementation
         self.context_length: int = model.config.get_text_config().max_position_embeddings
+        free, each = free_bytes(self.device), token_bytes(model.config, model.dtype)
+        if prefix_cache_bytes is None:
+            prefix_cache_bytes = min(int(free * _PREFIX_SHARE), _PREFIX_MOST)
+        if max_cached_tokens is None:
+            max_cached_tokens = max(free // 2 // each, self.context_length)
+        self.max_waiting = max_waiting
+        self.prefixes = PrefixCache(prefix_cache_bytes)
+        self._limits = Limits(max_rows, max_cached_tokens, each, can_join(model.config))
         self._jobs: _Jobs = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -133,11 +147,13 @@ class Gemma2Engine:
     def submit(self, requests: Sequence[Request]) -> TokenStream:
         """Queue `requests`, to be decoded together, and return at once. From any thread.
 
-        Raises ParameterError, PromptTooLongError, GrammarError or EngineClosedError, before any
-        forward.
+        Raises ParameterError, PromptTooLongError, GrammarError, EngineBusyError or
+        EngineClosedError, before any forward.
         """
         channel = Channel([self._checked(request) for request in requests])
         self._queue([channel])
+        if channel.error is not None:
+            raise channel.error
         return TokenStream(channel)
 
     def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
@@ -166,6 +182,17 @@ class Gemma2Engine:
                     f"{self!r} was made before a fork, and threads do not survive one: make it in "
                     "the child, or start processes with multiprocessing's 'spawn'"
                 )
+            waiting = sum(channel.waiting for channel in self._channels)
+            for channel in channels:
+                if self.max_waiting is not None and waiting >= self.max_waiting:
+                    channel.fail(
+                        EngineBusyError(
+                            f"{waiting:,} requests wait for {self.name!r} already, and "
+                            f"max_waiting={self.max_waiting:,} admits no more: try again later"
+                        )
+                    )
+                waiting += channel.waiting
+            channels = [channel for channel in channels if channel.error is None]
             if self._worker is None:
                 self._worker = threading.Thread(
                     target=_work, args=(self._jobs,), name="gemma2_stream", daemon=True
@@ -194,6 +221,7 @@ class Gemma2Engine:
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
         self.model = None
+        self.prefixes.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -243,110 +271,46 @@ class Gemma2Engine:
         return ids
 
     def _serve(self, channels: Sequence[Channel]) -> None:
-        """Run one group to its end, on the worker. Whatever happens, every stream ends."""
-        try:
-            wanted = [(c, i) for c in channels if c.start() for i in range(len(c.requests))]
-            for start in range(0, len(wanted), MAX_ROWS):
-                self._generate([self._row(*one) for one in wanted[start : start + MAX_ROWS]])
-        except BaseException as error:
-            # The frames would keep the KV cache alive for as long as someone keeps the error.
-            _clear_frames(error)
-            for channel in channels:
-                channel.put(error)
-        finally:
-            for channel in channels:
-                channel.put(None)
-                channel.finished.set()
-                self._channels.discard(channel)
+        """Serve `channels` and whatever comes while they are served, on the worker."""
+        Scheduler(
+            self.model,
+            self.tokenizer,
+            self._config,
+            self.prefixes,
+            self._limits,
+            arrivals=functools.partial(self._arrivals, [*channels]),
+            arrived=lambda: not self._jobs.empty(),
+            left=self._left,
+        ).run()
 
-    def _row(self, channel: Channel, index: int) -> Row:
-        request = channel.requests[index]
+    def _arrivals(self, first: list[Channel]) -> Iterator[Row]:
+        """The rows of `first`, which is empty then, and of what has come since."""
+        channels, first[:] = [*first], []
+        while not self._jobs.empty():
+            job = self._jobs.get()
+            if job is None:  # what is being served comes first
+                self._jobs.put(None)
+                break
+            channels += job[1]
+        for channel in channels:
+            if not channel.requests:
+                self._left(channel)
+            for index, request in enumerate(channel.requests):
+                yield self._row(channel, index, request)
+
+    def _row(self, channel: Channel, index: int, request: Request) -> Row:
         room = self.context_length - len(request.prompt_ids)
         limit = min(request.params.max_new_tokens or room, room)
         constraint = None
         if request.grammar is not None:
-            constraint = self._grammars.constraint(request.grammar, limit)
+            constraint = functools.partial(self._grammars.constraint, request.grammar, limit)
         stop_ids = self._stop_ids(request.params)
         return Row(channel, index, self._detokenizer(), stop_ids, limit, constraint)
 
-    def _generate(self, rows: Sequence[Row]) -> None:
-        """One `model.generate` for `rows`, left-padded to a common length."""
-        for row in rows:
-            if row.channel.cancelled:  # while rows before it ran: not one forward more is wanted
-                row.finish("cancelled")
-        rows = [row for row in rows if not row.done]
-        if not rows:
-            return
-        requests = [row.request for row in rows]
-        config = copy.deepcopy(self._config)
-        config.max_new_tokens = max(row.limit for row in rows)
-        input_ids, attention_mask = self._padded(requests)
-        logits = RowLogits(
-            requests,
-            [row.constraint for row in rows],
-            input_ids.shape[1],
-            check_finite=self.model.dtype == torch.float16,
-        )
-        # Ours, so that it can be emptied even where a kept exception still refers to it.
-        cache = DynamicCache(config=self.model.config)
-        with contextlib.ExitStack() as stack:
-            stack.callback(cache.layers.clear)
-            prefilled = stack.enter_context(self._interruptible_prefill(rows))
-            streamer = TokenStreamer(self.tokenizer, rows, prefilled, self._await_reader)
-            try:
-                self.model.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    **{_CACHE_NAME: cache},
-                    generation_config=config,
-                    logits_processor=LogitsProcessorList([logits] if logits.needed else []),
-                    stopping_criteria=StoppingCriteriaList([streamer]),
-                    streamer=streamer,
-                )
-            except _Cancelled:
-                streamer.end()
-
-    def _await_reader(self, rows: Sequence[Row]) -> None:
-        """Do not compute for readers that have stopped reading, as long as nobody else is kept."""
-        kept = [row.channel for row in rows if not row.done]
-        while kept and self._jobs.empty() and all(map(_unread, kept)):
-            time.sleep(0.02)
-
-    def _padded(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt ids and mask, both (rows, longest prompt), padded on the left."""
-        width = max(len(request.prompt_ids) for request in requests)
-        pads = [width - len(request.prompt_ids) for request in requests]
-        pad_id = self._config.pad_token_id
-        ids = [[pad_id] * n + [*r.prompt_ids] for n, r in zip(pads, requests, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in pads]
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
-
-    @contextlib.contextmanager
-    def _interruptible_prefill(self, rows: Sequence[Row]) -> Iterator[Any]:
-        """Between layers, look whether anyone still wants this; yields what removes the looking.
-
-        `generate` asks no criterion before the first token, and a prefill can take minutes. After
-        it the criterion is asked at every step, and the hooks would only cost time.
-        """
-        worker = threading.get_ident()
-        channels = {row.channel for row in rows}
-
-        def look(*_: object) -> None:
-            # A caller's own forward on the shared model, from another thread, is none of ours.
-            if all(c.cancelled for c in channels) and threading.get_ident() == worker:
-                raise _Cancelled
-
-        layers = getattr(self.model.get_decoder(), "layers", [self.model])
-        handles = [layer.register_forward_pre_hook(look) for layer in layers]
-
-        def remove() -> None:
-            while handles:
-                handles.pop().remove()
-
-        try:
-            yield remove
-        finally:
-            remove()
+    def _left(self, channel: Channel) -> None:
+        channel.put(None)
+        channel.finished.set()
+        self._channels.discard(channel)
 
 
 _Jobs = queue.SimpleQueue["tuple[Gemma2Engine, Sequence[Channel]] | None"]
@@ -369,11 +333,6 @@ def _work(jobs: _Jobs) -> None:
         del engine, channels, job
 
 
-def _unread(channel: Channel) -> bool:
-    """Whether the reader of `channel` has stopped reading, and still may go on."""
-    return channel.unread() >= MAX_UNREAD and not channel.cancelled
-
-
 def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
     """The checkpoint's generation config, for one choice a step: ours to make, see sampling.py."""
     config: GenerationConfig = copy.deepcopy(model.generation_config)
@@ -382,7 +341,7 @@ def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
     neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}
     neutral |= {"repetition_penalty": 1.0, "num_beams": 1, "num_return_sequences": 1}
     ours: dict[str, object] = {"do_sample": False, "use_cache": True, "cache_implementation": None}
-    ours |= {"max_length": None, "prefill_chunk_size": PREFILL_CHUNK}
+    ours |= {"max_length": None, "prefill_chunk_size": None}
     for name, value in (neutral | ours).items():
         setattr(config, name, value)
     config.eos_token_id = _end_ids(model, tokenizer)
@@ -408,12 +367,3 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     ids = {tokenizer.eos_token_id, tokenizer.backend_tokenizer.token_to_id("<end_of_turn>")}
     ids |= set(listed) if isinstance(listed, Iterable) else {listed}
     return sorted(ids - {None})
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Let go of the locals of every frame that `error` and its causes went through."""
-    seen: set[int] = set()  # causes may be set by hand, in a circle too
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

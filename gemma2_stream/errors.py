@@ -13,6 +13,7 @@
     ├── CheckpointError         ValueError       a folder holds no checkpoint that can be run
     ├── NotFiniteError          ArithmeticError  the model computed NaN instead of logits
     ├── GenerationTimeoutError  TimeoutError     the caller's own `timeout` ran out
+    ├── EngineBusyError         RuntimeError     as many requests wait as `max_waiting` admits
     └── EngineClosedError       RuntimeError     the engine was closed, or is a parent process's
 
 Each also derives from the langchain-core error of the same meaning, so a caller that catches
@@ -79,6 +80,10 @@ class NotFiniteError(Gemma2StreamError, ArithmeticError):
 
 class GenerationTimeoutError(Gemma2StreamError, core.ModelTimeoutError, TimeoutError):
     """The `timeout` that the caller set ran out."""
+
+
+class EngineBusyError(Gemma2StreamError, core.ModelRateLimitError, RuntimeError):
+    """As many requests wait as `max_waiting` admits."""
 
 
 class EngineClosedError(Gemma2StreamError, RuntimeError):

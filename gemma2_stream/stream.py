@@ -45,10 +45,10 @@ class Channel:
         self._wake: Callable[[], object] | None = None
 
     def start(self) -> bool:
-        """Claim this channel for the worker; False when it was cancelled while it waited."""
+        """Claim this channel for the worker, once or more; False when it was cancelled before."""
         with self._lock:
-            self._started = True
-            return not self.cancelled
+            self._started = self._started or not self.cancelled
+            return self._started
 
     def cancel(self) -> None:
         """Ask the worker to stop. From any thread, any number of times, never blocks for long."""
@@ -76,6 +76,11 @@ class Channel:
         self.put(error)
         self.put(None)
         self.cancelled = True
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for the worker: all of them or none."""
+        return 0 if self._started or self.cancelled else len(self.requests)
 
     def unread(self) -> int:
         """How many items the reader has not taken yet."""

@@ -48,6 +48,15 @@ def random_engine(gemma_tokenizer: PreTrainedTokenizerFast) -> Iterator[Gemma2En
         yield engine
 
 
+@pytest.fixture
+def one_by_one(random_engine: Gemma2Engine) -> Iterator[Gemma2Engine]:
+    """The same weights in an engine where nothing is shared: one row at a time, no prefixes."""
+    model, tokenizer = random_engine.model, random_engine.tokenizer
+    options = {"max_rows": 1, "prefix_cache_bytes": 0}
+    with Gemma2Engine(model, tokenizer, name="one by one", **options) as engine:
+        yield engine
+
+
 @pytest.fixture(params=["demo", "random"])
 def engine(request: pytest.FixtureRequest) -> Iterator[Gemma2Engine]:
     """The same promises hold for both kinds of weights. Idle before and after each test."""
@@ -86,11 +95,14 @@ def say(scripted_engine: Gemma2Engine) -> Callable[..., Gemma2Engine]:
 
 @pytest.fixture
 def forwards() -> Iterator[Callable[[Gemma2Engine], Forwards]]:
-    """`forwards(engine)`: watch an idle engine's forwards, until the test ends."""
+    """`forwards(engine)`: watch an idle engine's forwards, until the test ends; none of the prompts
+    is known to it.
+    """
     watches: list[tuple[Gemma2Engine, Forwards]] = []
 
     def watch(engine: Gemma2Engine) -> Forwards:
         engine.join()
+        engine.prefixes.clear()
         watches.append((engine, Forwards(engine.model)))
         return watches[-1][1]
 

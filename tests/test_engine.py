@@ -85,7 +85,7 @@ def test_rows_end_by_themselves(
 
 
 def test_more_rows_than_one_forward_takes_are_all_served(random_engine: Gemma2Engine) -> None:
-    """A batch of 40 is two groups on one stream, and no row is lost or mixed up."""
+    """The last of a batch of 40 come in as the first leave; no row is lost or mixed up."""
     prompts = [f"number {n}" for n in range(40)]
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
     assert llm.batch(prompts) == [llm.invoke(prompt) for prompt in prompts]
@@ -129,14 +129,14 @@ def test_threads_and_tasks_are_all_served_in_order_and_without_cross_talk(
 
 
 async def test_tasks_are_served_in_the_order_they_came(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    one_by_one: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """A prompt that takes long to tokenize is not overtaken by a short one."""
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=1)
-    watch = forwards(random_engine)
+    llm = Gemma2LLM(engine=one_by_one, max_new_tokens=1)
+    watch = forwards(one_by_one)
     words = [400, 1, 200, 2, 3]
     await asyncio.gather(*[llm.ainvoke("word " * n) for n in words])
-    assert watch.tokens == [len(random_engine.encode("word " * n)) for n in words]
+    assert watch.tokens == [len(one_by_one.encode("word " * n)) for n in words]
 
 
 def test_waiting_for_ones_turn_keeps_no_event_loop_alive(random_engine: Gemma2Engine) -> None:
@@ -155,12 +155,12 @@ def test_waiting_for_ones_turn_keeps_no_event_loop_alive(random_engine: Gemma2En
 
 
 def test_requests_are_served_in_the_order_they_came(
-    random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+    one_by_one: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
     """First come, first served, by the prompt lengths that the model sees."""
-    watch = forwards(random_engine)
-    requests = [_request(random_engine, p, max_new_tokens=1) for p in ["a", "a b c", "a b"]]
-    streams = [random_engine.submit([request]) for request in requests]
+    watch = forwards(one_by_one)
+    requests = [_request(one_by_one, p, max_new_tokens=1) for p in ["a", "a b c", "a b"]]
+    streams = [one_by_one.submit([request]) for request in requests]
     for stream in streams:
         list(stream)
     assert watch.tokens == [len(request.prompt_ids) for request in requests]

@@ -1,0 +1,189 @@
+"""Rows that decode together: their ids, the KV cache they share, and the forwards that feed it.
+
+Knows transformers and torch; nothing of who waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+
+from .kv import KVCache, States, part
+from .sampling import RowLogits
+from .streamer import Row, TokenStreamer
+
+# Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
+# with eager attention, prefill is faster too; a cancel is seen between layers within it.
+PREFILL_CHUNK = 512
+
+# transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
+_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_CACHE_NAME = "cache" if _RENAMED else "past_key_values"
+
+
+class Cancelled(BaseException):
+    """Unwinds a forward of the prefill that nobody wants any more; the batch is then of no use."""
+
+
+class Batch:
+    """`rows`, left-padded to a common width, the last `pending` columns of which are still to feed.
+
+    Forwards of `prefill` and `decode` feed them; only `decode` makes tokens, and leaves one column
+    pending.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, cache: DynamicCache) -> None:
+        self.rows: list[Row] = []
+        self.pending = 0
+        self.cache = cache
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @property
+    def width(self) -> int:
+        return max((len(row.ids) for row in self.rows), default=0)
+
+    def load(self, rows: Iterable[tuple[Row, Sequence[States]]], pending: int) -> None:
+        """Hold these rows instead, each with the states of its first tokens, in pieces; of these,
+        all but the `pending` last tokens are used.
+        """
+        entries = list(rows)
+        self.rows, self.pending = [row for row, _ in entries], pending
+        if isinstance(self.cache, KVCache):
+            pieces = [_first(states, self.cached(row)) for row, states in entries]
+            self.cache.load(pieces, self.width - pending)
+
+    def cached(self, row: Row) -> int:
+        """How many of the row's first tokens are in the cache."""
+        return max(0, len(row.ids) - self.pending)
+
+    def states(self, row: Row) -> States:
+        """Those tokens' states, as views."""
+        assert isinstance(self.cache, KVCache)
+        return self.cache.row(self.rows.index(row), self.cached(row))
+
+    def keep(self, rows: Sequence[Row]) -> None:
+        """Let all others go."""
+        if not rows:
+            self.clear()
+        elif len(rows) < len(self.rows):
+            self.load([(row, [self.states(row)]) for row in rows], self.pending)
+
+    def join(self, other: Batch) -> None:
+        """Take in the rows of `other`, of which as many columns are pending."""
+        both = [(row, [batch.states(row)]) for batch in (self, other) for row in batch.rows]
+        try:
+            self.load(both, other.pending)
+        finally:
+            other.clear()
+
+    def clear(self) -> None:
+        """Free the cache, even where a kept exception still refers to it."""
+        self.rows, self.pending = [], 0
+        self.cache.layers.clear()
+
+    def prefill(self) -> None:
+        """Feed one chunk, as long as more than one column is pending; makes no token."""
+        ids, mask = self._inputs()
+        start = self.width - self.pending
+        end = min(start + PREFILL_CHUNK, self.width - 1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad(), self._interruptible():
+            self._model.get_decoder()(
+                input_ids=ids[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                use_cache=True,
+                **{_CACHE_NAME: self.cache},
+            )
+        self.pending -= end - start
+
+    def decode(self, config: GenerationConfig, step_done: Callable[[], bool]) -> None:
+        """Run `model.generate` until a row is done or `step_done` says so."""
+        ids, mask = self._inputs()
+        config = copy.deepcopy(config)
+        config.max_new_tokens = max(row.left for row in self.rows)
+        width = self.width
+        logits = RowLogits(
+            [row.chooser for row in self.rows],
+            [width - len(row.ids) for row in self.rows],
+            check_finite=self._model.dtype == torch.float16,
+            failed=lambda row, error: self.rows[row].fail(error),
+        )
+        with self._interruptible() as prefilled:
+
+            def step() -> bool:
+                prefilled()
+                return step_done()
+
+            streamer = TokenStreamer(self._tokenizer, self.rows, step)
+            self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **{_CACHE_NAME: self.cache},
+                generation_config=config,
+                logits_processor=LogitsProcessorList([logits] if logits.needed else []),
+                stopping_criteria=StoppingCriteriaList([streamer]),
+                streamer=streamer,
+            )
+        self.pending = 1
+
+    def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask, both (rows, width), padded on the left."""
+        width, pad_id = self.width, self._tokenizer.pad_token_id or 0
+        pads = [width - len(row.ids) for row in self.rows]
+        ids = [[pad_id] * pad + row.ids for pad, row in zip(pads, self.rows, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+        device = self._model.get_input_embeddings().weight.device
+        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[Callable[[], None]]:
+        """Between layers, look whether anyone still wants this; yields what removes the looking.
+
+        `generate` asks no criterion before the first token, and a prefill can take minutes. After
+        it the criterion is asked at every step, and the hooks would only cost time.
+        """
+        worker = threading.get_ident()
+        channels = {row.channel for row in self.rows}
+
+        def look(*_: object) -> None:
+            # A caller's own forward on the shared model, from another thread, is none of ours.
+            if all(c.cancelled for c in channels) and threading.get_ident() == worker:
+                raise Cancelled
+
+        layers = getattr(self._model.get_decoder(), "layers", [self._model])
+        # A column or so is fed in the time of a token.
+        handles = [h.register_forward_pre_hook(look) for h in layers if self.pending > 1]
+
+        def remove() -> None:
+            while handles:
+                handles.pop().remove()
+
+        try:
+            yield remove
+        finally:
+            remove()
+
+
+def _first(pieces: Sequence[States], tokens: int) -> list[States]:
+    """`pieces`, cut to their first `tokens`, which they must have."""
+    cut = []
+    for states in pieces:
+        length = min(states[0][0].shape[1], tokens)
+        cut.append(part(states, 0, length))
+        tokens -= length
+    return cut
