@@ -281,10 +281,10 @@ class Gemma2Engine:
         config = copy.deepcopy(self._config)
         config.max_new_tokens = max(row.limit for row in rows)
         input_ids, attention_mask = self._padded(requests)
+        width = input_ids.shape[1]
         logits = RowLogits(
-            requests,
-            [row.constraint for row in rows],
-            input_ids.shape[1],
+            [row.chooser for row in rows],
+            [width - len(request.prompt_ids) for request in requests],
             check_finite=self.model.dtype == torch.float16,
         )
         # Ours, so that it can be emptied even where a kept exception still refers to it.

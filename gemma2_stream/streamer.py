@@ -15,6 +15,7 @@ from transformers import StoppingCriteria, TextIteratorStreamer
 
 from .detokenizer import Detokenizer
 from .grammar import Constraint
+from .sampling import Chooser
 from .stop import StopFilter
 from .stream import Channel
 from .types import Chunk, FinishReason, Usage
@@ -41,6 +42,7 @@ class Row:
         self.request = request = channel.requests[index]
         self.limit = limit
         self.constraint = constraint
+        self.chooser = Chooser(request, constraint)
         self._index = index
         self._detokenizer = detokenizer
         self._stop_ids = stop_ids
