@@ -48,7 +48,7 @@ class Sampler:
         weights = logits.sub(logits.max()).div_(self._temperature).exp_()
         enough = self._top_p * float(weights.sum()) if self._top_p < 1 else math.inf
         if self._min_p:
-            functional.threshold_(weights, _below(self._min_p), 0.0)
+            torch.threshold_(weights, _below(self._min_p), 0.0)
         position = self._draw(weights)
         # Nothing is sorted to find where top_p ends. What is drawn from beyond is taken out, with
         # all that comes after it, and drawn anew: ln(1 / top_p) times on average.
@@ -62,7 +62,8 @@ class Sampler:
         share: float | torch.Tensor = 1 - self._random.random()  # never 0: no weight, no chance
         blocks = functional.pad(weights, (0, -len(weights) % _BLOCK)).view(-1, _BLOCK)
         block, share = _find(blocks.sum(-1), share)
-        return int(block * _BLOCK + _find(blocks[block], share)[0])
+        position = int(block * _BLOCK + _find(blocks[block], share)[0])
+        return min(position, len(weights) - 1)  # more only where there is NaN
 
 
 def _find(
@@ -73,7 +74,7 @@ def _find(
     """
     ends = weights.double().cumsum(-1)
     reached = share * ends[-1]
-    # Of NaN, which nothing reaches, the last.
+    # No end is NaN, and no NaN is an index.
     position = torch.searchsorted(ends, reached).clamp_(max=len(ends) - 1)
     begin = functional.pad(ends, (1, 0))[position]
     return position, (reached - begin) / (ends[position] - begin)
@@ -86,8 +87,8 @@ def _ahead(weights: torch.Tensor, position: int) -> torch.Tensor:
     least = float(weights[position])
     return torch.cat(
         (
-            functional.threshold(weights[:position], _below(least), 0.0),
-            functional.threshold(weights[position:], least, 0.0),
+            torch.threshold(weights[:position], _below(least), 0.0),
+            torch.threshold(weights[position:], least, 0.0),
         )
     )
 

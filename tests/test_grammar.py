@@ -35,7 +35,7 @@ from gemma2_stream import (
 from gemma2_stream.detokenizer import detokenizer_for
 from gemma2_stream.grammar import Constraint, Grammars
 from gemma2_stream.prompt import PromptEncoder
-from gemma2_stream.sampling import RowLogits
+from gemma2_stream.sampling import Chooser, RowLogits
 from gemma2_stream.tools import AnswerFormat, Tool
 from tests.conftest import DEMO
 
@@ -336,7 +336,9 @@ def test_a_done_constraint_is_inert(demo_held: Held) -> None:
     """What the other rows' steps bring to a row that is over is neither masked nor counted."""
     constraint = demo_held.constraint(INTEGER, 10)
     constraint.done = True
-    rows = RowLogits([Request((5,), SamplingParams())], [constraint], 1, check_finite=False)
+    rows = RowLogits(
+        [Chooser(Request((5,), SamplingParams()), constraint)], [0], check_finite=False
+    )
     logits = torch.zeros(1, len(demo_held.tokenizer))
     logits[0, 300] = 1.0
     for _ in range(20):

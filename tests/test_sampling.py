@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from gemma2_stream import NotFiniteError, Request, SamplingParams
-from gemma2_stream.sampling import RowLogits, Sampler
+from gemma2_stream.sampling import Chooser, RowLogits, Sampler
 
 several = settings(max_examples=50, deadline=None)
 parameters = st.fixed_dictionaries(
@@ -230,26 +230,63 @@ ROWS = [
 ]
 
 
-def steps(requests: list[Request], logits: list[torch.Tensor], new: list[torch.Tensor]) -> Any:
-    """What RowLogits makes of each step's logits, with `new` ids after left-padded prompts."""
+def batch(requests: list[Request], check_finite: bool = False, **others: Any) -> RowLogits:
+    """New choosers for `requests`, whose prompts are padded to the longest."""
     width = max(len(request.prompt_ids) for request in requests)
-    padded = [[0] * (width - len(r.prompt_ids)) + [*r.prompt_ids] for r in requests]
-    ids = torch.tensor(padded)
-    rows = RowLogits(requests, [None] * len(requests), width, check_finite=False)
+    padding = [width - len(request.prompt_ids) for request in requests]
+    choosers = [Chooser(request, None) for request in requests]
+    return RowLogits(choosers, padding, check_finite=check_finite, **others)
+
+
+def padded(requests: list[Request]) -> torch.Tensor:
+    width = max(len(request.prompt_ids) for request in requests)
+    rows = [[0] * (width - len(r.prompt_ids)) + [*r.prompt_ids] for r in requests]
+    return torch.tensor(rows)
+
+
+def picks(rows: RowLogits, ids: torch.Tensor, logits: torch.Tensor) -> list[int]:
+    """What `generate` takes, row by row, of what it is shown."""
+    return rows(ids, logits.clone()).argmax(-1).tolist()
+
+
+def steps(requests: list[Request], logits: list[torch.Tensor], new: list[torch.Tensor]) -> Any:
+    """The choices of each step, with `new` ids after left-padded prompts."""
+    ids, rows = padded(requests), batch(requests)
     for scores, chosen in zip(logits, new, strict=True):
-        yield rows(ids, scores.clone())
+        yield picks(rows, ids, scores)
         ids = torch.cat([ids, chosen[:, None]], 1)
 
 
+def noises(count: int, rows: int = len(ROWS), size: int = 40) -> list[torch.Tensor]:
+    return [torch.stack([noise(size, 100 * s + r, 3) for r in range(rows)]) for s in range(count)]
+
+
 def test_rows_of_a_batch_behave_as_alone() -> None:
-    """Different parameters, lengths and seeds: neighbours and padding change no bit of a row."""
-    logits = [torch.stack([noise(40, 100 * s + r, 3) for r in range(len(ROWS))]) for s in range(8)]
-    new = [noise(len(ROWS), s).mul(100).long().abs() % 40 for s in range(8)]
+    """Different parameters, lengths and seeds: neighbours and padding change no choice of a row."""
+    logits = noises(60)
+    new = [noise(len(ROWS), s).mul(100).long().abs() % 40 for s in range(60)]
     together = list(steps(ROWS, logits, new))
     for row, request in enumerate(ROWS):
         own = [step[row : row + 1] for step in logits], [step[row : row + 1] for step in new]
-        for alone, batch in zip(steps([request], *own), together, strict=True):
-            assert torch.equal(alone[0], batch[row])
+        alone = list(steps([request], *own))
+        assert [choice for [choice] in alone] == [choices[row] for choices in together]
+
+
+def test_a_row_goes_on_in_another_batch() -> None:
+    """Its chooser keeps the random state: rows may join and leave between calls of `generate`."""
+    logits, new = noises(40), [torch.zeros(len(ROWS), dtype=torch.long)] * 40
+    whole = list(steps(ROWS, logits, new))
+    choosers = [Chooser(request, None) for request in ROWS]
+    ids, made = padded(ROWS), []
+    width = ids.shape[1]
+    for step, scores in enumerate(logits):
+        kept = range(len(ROWS)) if step % 2 else range(len(ROWS) - 1, -1, -1)
+        padding = [width - len(ROWS[row].prompt_ids) for row in kept]
+        rows = RowLogits([choosers[row] for row in kept], padding, check_finite=False)
+        chosen = dict(zip(kept, picks(rows, ids[list(kept)], scores[list(kept)]), strict=True))
+        made.append([chosen[row] for row in range(len(ROWS))])
+        ids = torch.cat([ids, new[step][:, None]], 1)
+    assert made == whole
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.1, 5.0])
@@ -257,23 +294,26 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     """On the ids of the text alone, and the padding id 0 goes free where the text has none."""
     params = SamplingParams(repetition_penalty=penalty)
     requests = [Request((7, 7, 3), params), Request((4,), params), Request((0,), params)]
-    logits = torch.stack([noise(10, row, 4) for row in range(3)])
-    rows = RowLogits(requests, [None] * len(requests), 3, check_finite=False)
-    given_ = rows(torch.tensor([[7, 7, 3, 9], [0, 0, 4, 9], [0, 0, 0, 9]]), logits.clone())
+    ids = torch.tensor([[7, 7, 3, 9], [0, 0, 4, 9], [0, 0, 0, 9]])
     reference = RepetitionPenaltyLogitsProcessor(penalty)
-    for row, text in enumerate([[7, 7, 3, 9], [4, 9], [0, 9]]):
-        assert torch.equal(given_[row], reference(torch.tensor([text]), logits[row][None])[0])
+    moved = 0
+    for logits in noises(200, rows=3, size=10):
+        expected = [
+            int(reference(torch.tensor([text]), logits[row][None]).argmax())
+            for row, text in enumerate([[7, 7, 3, 9], [4, 9], [0, 9]])
+        ]
+        assert picks(batch(requests), ids, logits) == expected
+        moved += expected != logits.argmax(-1).tolist()
+    assert (moved > 0) is (penalty != 1)
 
 
-def test_a_sampled_row_leaves_one_token() -> None:
-    """`generate`, which takes the largest, can take only what was chosen; greedy rows stay."""
-    logits = torch.stack([noise(40, row) for row in range(2)])
+def test_generate_is_left_one_token_a_row() -> None:
+    """Whatever the logits of the others, NaN too: it takes the largest, and no other is finite."""
     requests = [Request((1,), SamplingParams(temperature=5.0)), Request((1,), SamplingParams())]
-    given_ = RowLogits(requests, [None] * len(requests), 1, check_finite=False)(
-        torch.tensor([[1], [1]]), logits.clone()
-    )
-    assert given_[0].isfinite().sum() == 1
-    assert torch.equal(given_[1], logits[1])
+    logits = torch.stack([noise(40, row) for row in range(2)])
+    shown = batch(requests)(torch.tensor([[1], [1]]), logits.clone())
+    assert shown.isfinite().sum(-1).tolist() == [1, 1]
+    assert shown[1].argmax() == logits[1].argmax()
 
 
 @pytest.mark.parametrize(
@@ -287,18 +327,40 @@ def test_a_sampled_row_leaves_one_token() -> None:
     ids=str,
 )
 def test_greedy_rows_need_nothing(params: SamplingParams, needed: bool) -> None:
-    """A batch of greedy rows is left to `generate` alone."""
+    """A batch of greedy rows can be left to `generate` alone."""
     requests = [Request((1,), SamplingParams()), Request((1,), params)]
-    assert RowLogits(requests, [None] * len(requests), 1, check_finite=False).needed is needed
-    assert RowLogits(requests, [None] * len(requests), 1, check_finite=True).needed is True
+    assert batch(requests).needed is needed
+    assert batch(requests, check_finite=True).needed is True
 
 
 def test_nan_is_an_error_with_the_repair() -> None:
     """One NaN anywhere raises where the check is on; infinities are no NaN."""
-    rows = RowLogits([Request((1,), SamplingParams())], [None], 1, check_finite=True)
+    rows = batch([Request((1,), SamplingParams())], check_finite=True)
     ids, logits = torch.tensor([[1]]), noise(10)[None]
     logits[0, 3] = -torch.inf
-    assert rows(ids, logits) is logits
+    assert picks(rows, ids, logits) == [int(logits.argmax())]
     logits[0, 4] = torch.nan
     with pytest.raises(NotFiniteError, match="bfloat16"):
         rows(ids, logits)
+
+
+def test_a_row_that_fails_leaves_the_others_alone() -> None:
+    """Its error is told once, with its index; the others choose as they would have."""
+    errors: list[tuple[int, BaseException]] = []
+    rows = batch(ROWS, check_finite=True, failed=lambda row, error: errors.append((row, error)))
+    well, ids = batch(ROWS), padded(ROWS)
+    for step, logits in enumerate(noises(10)):
+        expected = picks(well, ids, logits)
+        if step >= 3:
+            logits[1, 7] = torch.nan
+        chosen = picks(rows, ids, logits)
+        assert [c for row, c in enumerate(chosen) if row != 1] == expected[:1] + expected[2:]
+        assert 0 <= chosen[1] < 40
+    [(row, error)] = errors
+    assert (row, type(error)) == (1, NotFiniteError)
+
+
+@pytest.mark.parametrize("rest", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_nan_that_nobody_looks_for_ends_nothing(rest: dict[str, Any]) -> None:
+    """In bfloat16 it is not looked for: some token is chosen, and there is no endless search."""
+    assert 0 <= Sampler(SamplingParams(temperature=1.0, **rest)).choose(noise(50) * torch.nan) < 50
