@@ -101,6 +101,11 @@ class Gemma2Engine:
             prefix_cache_bytes = min(int(free * _PREFIX_SHARE), _PREFIX_MOST)
         if max_cached_tokens is None:
             max_cached_tokens = max(free // 2 // each, self.context_length)
+        least = {"max_rows": 1, "max_waiting": 1, "max_cached_tokens": 1, "prefix_cache_bytes": 0}
+        given = (max_rows, max_waiting, max_cached_tokens, prefix_cache_bytes)
+        for (option, lowest), value in zip(least.items(), given, strict=True):
+            if value is not None and value < lowest:
+                raise ParameterError(f"{option}={value} is not a whole number from {lowest} up")
         self.max_waiting = max_waiting
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self._limits = Limits(max_rows, max_cached_tokens, each, can_join(model.config))

@@ -19,7 +19,14 @@ if TYPE_CHECKING:
     from .engine import Gemma2Engine
 
 DTYPES = ("auto", "bfloat16", "float32", "float16")
-ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+ATTENTIONS = (
+    "eager",
+    "grouped",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+)
 PRESETS = ("exact",)
 _PLACES = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}  # accelerate's own
 
@@ -123,6 +130,7 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> G
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .attention import register_grouped
     from .engine import Gemma2Engine
 
     places = _parsed(device_map)
@@ -156,6 +164,10 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> G
             f"{str(folder)!r} lacks {len(absent)} weights that transformers would make up, such "
             f"as {absent[0]!r}: copy the whole checkpoint there"
         )
+    if attention is None and model.config.model_type == "gemma2":
+        # transformers would take eager, of which this is the same without its copies.
+        register_grouped()
+        model.set_attn_implementation("grouped")
     return Gemma2Engine(model, tokenizer, name=str(folder))
 
 
@@ -182,8 +194,17 @@ def _check_attention(folder: Path, attention: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .attention import register_grouped
+
     make: Any = AutoModelForCausalLM.from_config  # untyped in transformers
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if attention == "grouped":
+        register_grouped()
+        if config.model_type != "gemma2":
+            raise ParameterError(
+                f"attn_implementation='grouped' is Gemma 2's, and {str(folder)!r} is "
+                f"{config.model_type!r}: leave it out"
+            )
     try:
         with torch.device("meta"):
             make(config, attn_implementation=attention)

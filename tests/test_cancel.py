@@ -21,7 +21,8 @@ from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, live_caches, reference
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
-from gemma2_stream.engine import MAX_ROWS, MAX_UNREAD
+from gemma2_stream.scheduler import MAX_UNREAD
+from gemma2_stream.types import MAX_ROWS
 
 PROMPT = "How do I stream?"
 LONG = 400

@@ -72,9 +72,11 @@ class Forwards:
     def __init__(self, model: Any) -> None:
         self.count = 0
         self.tokens: list[int] = []
+        self.rows: list[int] = []
         self.fail_at: dict[int, BaseException] = {}
         self._gates: dict[int, tuple[threading.Event, threading.Event]] = {}
-        self._handle = model.register_forward_pre_hook(self._before, with_kwargs=True)
+        # On the decoder: a prefill that makes no token has no need of the output layer.
+        self._handle = model.get_decoder().register_forward_pre_hook(self._before, with_kwargs=True)
 
     def gate(self, number: int) -> tuple[threading.Event, threading.Event]:
         """Two events for forward `number` (from 1): `reached` it, and `release` it."""
@@ -85,6 +87,7 @@ class Forwards:
         self.count += 1
         ids = kwargs.get("input_ids")
         self.tokens.append(ids.shape[1] if ids is not None else 0)
+        self.rows.append(ids.shape[0] if ids is not None else 0)
         if self.count in self._gates:
             reached, release = self._gates[self.count]
             reached.set()

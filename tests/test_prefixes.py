@@ -1,0 +1,296 @@
+"""What conversations begin with is computed once: the tree by itself, and in the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from tiny import Forwards, greedy, reference
+
+from gemma2_stream import ChatGemma2, Gemma2Engine, Gemma2LLM, Request, SamplingParams, Usage
+from gemma2_stream.kv import States
+from gemma2_stream.prefixes import PrefixCache, common_length
+
+EACH = 2 * 2 * 3 * 4  # bytes: two layers, keys and values, three numbers in float32
+
+
+def states(ids: list[int]) -> States:
+    """One head of two layers whose numbers say which tokens they are of, and after which."""
+    marks = [float(hash(tuple(ids[: n + 1])) % 9973) for n in range(len(ids))]
+    keys = torch.tensor(marks)[None, :, None].expand(1, -1, 3)
+    return [(keys, -keys), (keys + 0.5, keys * 2)]
+
+
+def joined(pieces: list[States]) -> list[torch.Tensor]:
+    return [
+        torch.cat([piece[layer][at] for piece in pieces], dim=1)
+        for layer in range(2)
+        for at in range(2)
+    ]
+
+
+def leaves(cache: PrefixCache) -> int:
+    return sum(leaf is not cache._root for leaf in cache._leaves())
+
+
+# The tree ------------------------------------------------------------------------------------
+
+
+def test_the_longest_common_beginning_is_found() -> None:
+    cache = PrefixCache(10_000)
+    cache.keep([1, 2, 3, 4, 5], states([1, 2, 3, 4, 5]))
+    cache.keep([1, 2, 3, 9, 9], states([1, 2, 3, 9, 9]))
+    for ids, known in {
+        (1, 2, 3, 4, 5): 5,
+        (1, 2, 3, 4, 5, 6): 5,
+        (1, 2, 3, 9, 7): 4,
+        (1, 2, 7): 2,
+        (1,): 1,
+        (2, 1): 0,
+        (): 0,
+    }.items():
+        found, pieces = cache.find(list(ids))
+        assert found == known
+        if known:
+            want = joined([states(list(ids[:known]))])
+            assert all(map(torch.equal, joined(pieces), want))
+
+
+def test_what_is_common_counts_once() -> None:
+    cache = PrefixCache(10_000)
+    system = list(range(100))
+    for n in range(8):
+        ids = [*system, 1000 + n, 2000 + n]
+        cache.keep(ids, states(ids))
+    assert cache.bytes == EACH * (100 + 8 * 2)
+    cache.keep(system[:50], states(system[:50]))
+    assert cache.bytes == EACH * (100 + 8 * 2)
+
+
+def test_what_was_not_used_for_the_longest_time_goes_first() -> None:
+    cache = PrefixCache(EACH * 9)
+    for first in (1, 2, 3):
+        cache.keep([first] * 3, states([first] * 3))
+    cache.find([1, 1, 1])
+    cache.keep([4] * 3, states([4] * 3))
+    assert [cache.find([first] * 3)[0] for first in (1, 2, 3, 4)] == [3, 0, 3, 3]
+
+
+def test_of_more_than_the_limit_the_beginning_is_kept() -> None:
+    cache = PrefixCache(EACH * 9)
+    cache.keep(list(range(20)), states(list(range(20))))
+    assert cache.find(list(range(20)))[0] == 9
+    assert cache.bytes == EACH * 9
+
+
+def test_a_limit_of_nothing_keeps_nothing() -> None:
+    cache = PrefixCache(0)
+    cache.keep([1, 2], states([1, 2]))
+    assert cache.find([1, 2]) == (0, [])
+    assert cache.bytes == 0
+
+
+def test_what_is_kept_is_a_copy() -> None:
+    """Buffers of rows are written over, and a view would hold on to all of one."""
+    cache = PrefixCache(10_000)
+    theirs = [(torch.ones(1, 6, 3), torch.ones(1, 6, 3)) for _ in range(2)]
+    cache.keep([1, 2, 3, 4, 5, 6], theirs)
+    cache.keep([1, 2, 9, 9], [(k[:, :4], v[:, :4]) for k, v in theirs])
+    for pair in theirs:
+        for tensor in pair:
+            tensor.zero_()
+    _, pieces = cache.find([1, 2, 3, 4, 5, 6])
+    assert all(bool((tensor == 1).all()) for tensor in joined(pieces))
+    for piece in pieces:
+        for tensor in (tensor for pair in piece for tensor in pair):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.lists(st.integers(0, 2), max_size=12)), max_size=40),
+    st.integers(0, 30),
+)
+def test_the_tree_never_lies_and_never_outgrows_its_limit(
+    actions: list[tuple[bool, list[int]]], limit: int
+) -> None:
+    """Whatever is kept and asked for in whatever order."""
+    cache = PrefixCache(limit * EACH)
+    kept: list[list[int]] = []
+    for keep, ids in actions:
+        if keep and ids:
+            cache.keep(ids, states(ids))
+            kept.append(ids)
+            assert cache.find(ids)[0] >= min(len(ids), limit)
+        known, pieces = cache.find(ids)
+        assert known <= max((common_length(ids, other) for other in kept), default=0)
+        if known:
+            assert all(map(torch.equal, joined(pieces), joined([states(ids[:known])])))
+        nodes = [cache._root]
+        total = 0
+        while nodes:
+            node = nodes.pop()
+            nodes += node.children.values()
+            total += len(node.ids) * EACH
+        assert cache.bytes == total <= limit * EACH
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_length_is_what_it_says(one: list[int], other: list[int]) -> None:
+    length = common_length(one, other)
+    assert one[:length] == other[:length]
+    assert length in (len(one), len(other)) or one[length] != other[length]
+
+
+# In the engine -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(random_engine: Gemma2Engine) -> Iterator[Gemma2Engine]:
+    """The random weights with prefixes as they are by default."""
+    with Gemma2Engine(random_engine.model, random_engine.tokenizer, name="fresh") as engine:
+        yield engine
+
+
+def ask(engine: Gemma2Engine, ids: list[int], **params: Any) -> tuple[str, Usage]:
+    request = Request(tuple(ids), SamplingParams(**params))
+    chunks = list(engine.submit([request]))
+    engine.join()
+    usage = chunks[-1].usage
+    assert usage is not None
+    return "".join(chunk.text for chunk in chunks), usage
+
+
+def test_the_next_turn_pays_only_for_what_is_new(
+    fresh: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """By the tokens that the model is fed, and by what usage says."""
+    chat = ChatGemma2(engine=fresh, max_new_tokens=20)
+    history: list[Any] = [SystemMessage("word " * 90), HumanMessage("Who are you?")]
+    watch = forwards(fresh)
+    history.append(chat.invoke(history))
+    fed, first = sum(watch.tokens), history[-1].usage_metadata
+    history.append(HumanMessage("And who am I?"))
+    answer = chat.invoke(history)
+    assert isinstance(answer, AIMessage)
+    usage = answer.usage_metadata
+    assert usage is not None
+    cached = usage["input_token_details"]["cache_read"]
+    # All of the prompt; of the answer what its text is tokenized to again.
+    assert cached >= first["input_tokens"]
+    assert sum(watch.tokens) - fed == usage["input_tokens"] - cached + usage["output_tokens"] - 1
+
+
+@pytest.mark.parametrize("length", [1, 30, 63, 64, 65, 127, 300, 700])
+def test_a_known_beginning_changes_no_token(fresh: Gemma2Engine, length: int) -> None:
+    """Below, across and far beyond the sliding window (64), at every kind of cut."""
+    ids = [2, *(5 + n * 7919 % 2000 for n in range(length))]
+    whole = greedy(fresh, ids, 12)
+    text = fresh.tokenizer.decode(whole, skip_special_tokens=True)
+    assert ask(fresh, ids, max_new_tokens=12)[0] == text
+    for cut in sorted({1, length // 2, length - 1, length} - {0}):
+        other = [*ids[:cut], 4000, 4001]
+        expected = greedy(fresh, other, 8)
+        answer, usage = ask(fresh, other, max_new_tokens=8)
+        assert answer == fresh.tokenizer.decode(expected, skip_special_tokens=True)
+        assert usage.cached_tokens == cut
+    answer, usage = ask(fresh, ids, max_new_tokens=12)
+    assert answer == text
+    assert usage.cached_tokens == len(ids) - 1  # one must be fed
+
+
+def test_eight_conversations_at_once_compute_their_system_prompt_once(
+    fresh: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """Though all eight come before the first of them is known."""
+    system = "word " * 200
+    prompts = [f"{system} {n}" for n in range(8)]
+    expected = [reference(fresh, prompt, 5) for prompt in prompts]
+    watch = forwards(fresh)
+    llm = Gemma2LLM(engine=fresh, max_new_tokens=5)
+    assert llm.batch(prompts) == expected
+    lengths = [len(fresh.encode(prompt)) for prompt in prompts]
+    fed = sum(rows * tokens for rows, tokens in zip(watch.rows, watch.tokens, strict=True))
+    assert fed < lengths[0] + 8 * 30
+    assert watch.count < 5 + 5
+
+
+def test_a_row_that_failed_leaves_nothing_behind(
+    fresh: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    watch = forwards(fresh)
+    watch.fail_at[3] = OSError("gone")
+    ids = fresh.encode("tell me " * 20)
+    with pytest.raises(OSError, match="gone"):
+        ask(fresh, ids, max_new_tokens=10)
+    fresh.join()
+    assert fresh.prefixes.bytes == 0
+    assert ask(fresh, ids, max_new_tokens=10)[1].cached_tokens == 0
+
+
+def test_what_was_cancelled_is_right_all_the_same(
+    fresh: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """What it left behind is found, and leads to the same tokens."""
+    ids = fresh.encode("tell me " * 20)
+    expected = reference(fresh, "tell me " * 20, 12)
+    watch = forwards(fresh)
+    reached, release = watch.gate(6)
+    stream = fresh.submit([Request(tuple(ids), SamplingParams(max_new_tokens=30))])
+    reached.wait(30)
+    stream.cancel()
+    release.set()
+    fresh.join()
+    answer, usage = ask(fresh, ids, max_new_tokens=12)
+    assert answer == expected
+    assert usage.cached_tokens == len(ids) - 1
+    longer = [*ids, *greedy(fresh, ids, 12)]
+    answer, usage = ask(fresh, longer, max_new_tokens=4)
+    assert usage.cached_tokens > len(ids)
+    assert answer == fresh.tokenizer.decode(greedy(fresh, longer, 4), skip_special_tokens=True)
+
+
+def test_closing_frees_what_was_kept(random_engine: Gemma2Engine) -> None:
+    engine = Gemma2Engine(random_engine.model, random_engine.tokenizer)
+    ask(engine, engine.encode("x"), max_new_tokens=2)
+    assert engine.prefixes.bytes > 0
+    engine.close()
+    assert engine.prefixes.bytes == 0
+
+
+turns = st.lists(st.text("ab \n", max_size=8), min_size=1, max_size=3)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.lists(turns, min_size=1, max_size=3), st.integers(0, 200_000))
+def test_any_conversations_say_the_same_with_and_without(
+    demo_engine: Gemma2Engine, conversations: list[list[str]], size: int
+) -> None:
+    """Interleaved, in batches, with little room and with much."""
+    model, tokenizer = demo_engine.model, demo_engine.tokenizer
+    answers: list[list[list[str]]] = []
+    for limit in (0, size):
+        options = {"name": "any", "prefix_cache_bytes": limit}
+        with Gemma2Engine(model, tokenizer, **options) as engine:
+            chat = ChatGemma2(engine=engine, max_new_tokens=6)
+            histories: list[list[Any]] = [[SystemMessage("be brief")] for _ in conversations]
+            said: list[list[str]] = []
+            for number in range(3):
+                active = [n for n, asked in enumerate(conversations) if number < len(asked)]
+                for n in active:
+                    histories[n].append(HumanMessage("q" + conversations[n][number]))
+                replies = chat.batch([histories[n] for n in active])
+                for n, reply in zip(active, replies, strict=True):
+                    histories[n].append(AIMessage(reply.text or "-"))
+                said.append([reply.text for reply in replies])
+            assert engine.prefixes.bytes <= limit
+            answers.append(said)
+    assert answers[0] == answers[1]
