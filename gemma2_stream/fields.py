@@ -50,6 +50,8 @@ class Parameters(TypedDict, total=False):
     device_map: str | dict[str, str | int] | None
     attn_implementation: str | None
     preset: str | None
+    assistant_model: str | os.PathLike[str] | None
+    prompt_lookup_num_tokens: int | None
     api_key: SecretStr | str | None
     max_retries: int | None
     name: str | None
@@ -90,6 +92,8 @@ class Gemma2Fields(BaseModel):
     device_map: str | None = None
     attn_implementation: str | None = None
     preset: str | None = None
+    assistant_model: str | None = None
+    prompt_lookup_num_tokens: int | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     max_retries: int | None = None
     custom_get_token_ids: Callable[[str], list[int]] | None = Field(default=None, exclude=True)
@@ -131,7 +135,7 @@ class Gemma2Fields(BaseModel):
         return SamplingParams(**{**given, "stop": self.stop or ()})
 
     @property
-    def _loading(self) -> dict[str, str | None]:
+    def _loading(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _LOADING_NAMES}
 
     @property
@@ -297,8 +301,9 @@ def _checked(
         raise ParameterError(f"max_retries={retries!r} is not a whole number of tries, 0 or more")
     if isinstance(values.get("device_map"), dict):
         values["device_map"] = json.dumps(values["device_map"], sort_keys=True)
-    if values.get("cache_dir") is not None:
-        values["cache_dir"] = os.fspath(values["cache_dir"])
+    for name in ("cache_dir", "assistant_model"):
+        if values.get(name) is not None:
+            values[name] = os.fspath(values[name])
     loading = {name: values.get(name) for name in _LOADING_NAMES}
     LoadSpec(**loading)  # type: ignore[arg-type]  # it checks what it is given
     return {**values, "model": _model_name(model, values.get("engine"), loading)}

@@ -62,6 +62,13 @@ _RULES: dict[str, tuple[type, float, float, str]] = {
 }
 
 
+def check_lookup(tokens: int | None) -> None:
+    """Refuse a `prompt_lookup_num_tokens` that is no number of tokens; None is off."""
+    if tokens is not None:
+        meaning = "a whole number of tokens to guess at once, 1 or more; try 10"
+        _check("prompt_lookup_num_tokens", tokens, int, 1, math.inf, meaning)
+
+
 def _stops(stop: object) -> tuple[str, ...]:
     """`stop` as a tuple without repeats; a single string is a list of one."""
     given = [stop] if isinstance(stop, str) else stop
