@@ -10,7 +10,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -24,6 +24,9 @@ from transformers import (
 from .kv import KVCache, States, part
 from .sampling import RowLogits
 from .streamer import Row, TokenStreamer
+
+if TYPE_CHECKING:
+    from .speculation import Drafter
 
 # Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
 # with eager attention, prefill is faster too; a cancel is seen between layers within it.
@@ -45,10 +48,13 @@ class Batch:
     pending.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, cache: DynamicCache) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, cache: DynamicCache, drafters: Sequence[Drafter] = ()
+    ) -> None:
         self.rows: list[Row] = []
         self.pending = 0
         self.cache = cache
+        self._drafters = drafters
         self._model = model
         self._tokenizer = tokenizer
 
@@ -112,7 +118,12 @@ class Batch:
         self.pending -= end - start
 
     def decode(self, config: GenerationConfig, step_done: Callable[[], bool]) -> None:
-        """Run `model.generate` until a row is done or `step_done` says so."""
+        """Run `model.generate` until a row is done or `step_done` says so; or, for a lone row that
+        someone can draft for, what comes to the same in fewer forwards.
+        """
+        if len(self.rows) == 1 and self._drafters:
+            self._speculate(self.rows[0], step_done)
+            return
         ids, mask = self._inputs()
         config = copy.deepcopy(config)
         config.max_new_tokens = max(row.left for row in self.rows)
@@ -120,7 +131,7 @@ class Batch:
         logits = RowLogits(
             [row.chooser for row in self.rows],
             [width - len(row.ids) for row in self.rows],
-            check_finite=self._model.dtype == torch.float16,
+            check_finite=self._check_finite,
             failed=lambda row, error: self.rows[row].fail(error),
         )
         with self._interruptible() as prefilled:
@@ -140,6 +151,42 @@ class Batch:
                 streamer=streamer,
             )
         self.pending = 1
+
+    def _speculate(self, row: Row, step_done: Callable[[], bool]) -> None:
+        """Feed what may come next together with what is pending, as long as the row chooses it.
+
+        `generate` has this too, but feeds the cached prompt once more, and would ask a sampler and
+        a grammar for choices after ids that are then rejected.
+        """
+        logits_of = RowLogits([row.chooser], [0], check_finite=self._check_finite)
+        with self._interruptible() as prefilled:
+            while not row.done:
+                # Nobody waits for a guess before the first token.
+                draft = self._draft(row) if self.pending == 1 else []
+                start, known = self.cached(row), len(row.ids)
+                ids = torch.tensor(row.ids + draft)
+                fed = [*row.ids[start:], *draft]
+                logits = feed(self._model, self.cache, fed, len(draft) + 1)
+                prefilled()
+                ids = ids.to(logits.device)
+                for at, guess in enumerate([*draft, None]):
+                    choice = logits_of.choose(0, ids[: known + at], logits[at])
+                    row.take(choice)
+                    if row.done or choice != guess:
+                        break
+                self.cache.crop(len(row.ids) - 1 - start - len(fed))
+                self.pending = 1
+                if step_done():
+                    break
+
+    def _draft(self, row: Row) -> list[int]:
+        """What the first who has an idea says may come next; one more may always come."""
+        drafts = (drafter.draft(row.ids, row.left - 1) for drafter in self._drafters)
+        return next(filter(None, drafts), [])
+
+    @property
+    def _check_finite(self) -> bool:
+        return bool(self._model.dtype == torch.float16)
 
     def _inputs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids and mask, both (rows, width), padded on the left."""
@@ -177,6 +224,20 @@ class Batch:
             yield remove
         finally:
             remove()
+
+
+def feed(model: Any, cache: DynamicCache, ids: Sequence[int], count: int) -> torch.Tensor:
+    """Feed `ids` of a lone row behind what `cache` holds. The logits at the last `count` of them,
+    of shape (count, vocabulary), in float32.
+    """
+    options: dict[str, Any] = {_CACHE_NAME: cache, "use_cache": True}
+    if len(ids) > count and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = count
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad():
+        output = model(input_ids=torch.tensor([ids], device=device), **options)
+    logits: torch.Tensor = output.logits[0, -count:].float()
+    return logits
 
 
 def _first(pieces: Sequence[States], tokens: int) -> list[States]:

@@ -21,12 +21,22 @@ from .errors import ParameterError
 from .loading import LoadSpec, shared_engine
 from .stream import TokenStream
 from .together import Place
-from .types import SAMPLING_NAMES, Chunk, Engine, Request, SamplingParams, Turn, unknown_name
+from .types import (
+    ENGINE_OPTIONS,
+    SAMPLING_NAMES,
+    Chunk,
+    Engine,
+    Request,
+    SamplingParams,
+    Turn,
+    unknown_name,
+)
 
 CALL_NAMES = SAMPLING_NAMES | {"max_tokens", "model"}
 """What a call may say in place of the model's own parameter."""
 
 _LOADING_NAMES = [name for name in LoadSpec.__slots__ if name != "model"]
+_NEVER_DECIDE = ("assistant_model", *ENGINE_OPTIONS)  # what is said, only how soon
 
 
 class Parameters(TypedDict, total=False):
@@ -50,6 +60,12 @@ class Parameters(TypedDict, total=False):
     device_map: str | dict[str, str | int] | None
     attn_implementation: str | None
     preset: str | None
+    assistant_model: str | os.PathLike[str] | None
+    prompt_lookup_num_tokens: int | None
+    max_rows: int | None
+    max_waiting: int | None
+    max_cached_tokens: int | None
+    prefix_cache_bytes: int | None
     api_key: SecretStr | str | None
     max_retries: int | None
     name: str | None
@@ -90,6 +106,12 @@ class Gemma2Fields(BaseModel):
     device_map: str | None = None
     attn_implementation: str | None = None
     preset: str | None = None
+    assistant_model: str | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_rows: int | None = None
+    max_waiting: int | None = None
+    max_cached_tokens: int | None = None
+    prefix_cache_bytes: int | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     max_retries: int | None = None
     custom_get_token_ids: Callable[[str], list[int]] | None = Field(default=None, exclude=True)
@@ -131,14 +153,14 @@ class Gemma2Fields(BaseModel):
         return SamplingParams(**{**given, "stop": self.stop or ()})
 
     @property
-    def _loading(self) -> dict[str, str | None]:
+    def _loading(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _LOADING_NAMES}
 
     @property
     def _parameters(self) -> dict[str, Any]:
         """All that decides an answer, in plain JSON types: LangChain's cache key is made of it."""
         sampling = {name: getattr(self, name) for name in sorted(SAMPLING_NAMES)}
-        loading = self._loading
+        loading = {k: v for k, v in self._loading.items() if k not in _NEVER_DECIDE}
         # Two engines of one checkpoint share a name, and a relative folder is another elsewhere.
         for name in ("dtype", "attn_implementation"):
             loading[name] = getattr(self.custom_engine, name, loading[name])
@@ -297,8 +319,9 @@ def _checked(
         raise ParameterError(f"max_retries={retries!r} is not a whole number of tries, 0 or more")
     if isinstance(values.get("device_map"), dict):
         values["device_map"] = json.dumps(values["device_map"], sort_keys=True)
-    if values.get("cache_dir") is not None:
-        values["cache_dir"] = os.fspath(values["cache_dir"])
+    for name in ("cache_dir", "assistant_model"):
+        if values.get(name) is not None:
+            values[name] = os.fspath(values[name])
     loading = {name: values.get(name) for name in _LOADING_NAMES}
     LoadSpec(**loading)  # type: ignore[arg-type]  # it checks what it is given
     return {**values, "model": _model_name(model, values.get("engine"), loading)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .errors import CheckpointError, ParameterError
+from .types import ENGINE_OPTIONS, check_options
 
 if TYPE_CHECKING:
     from .engine import Gemma2Engine
@@ -33,7 +34,8 @@ _PLACES = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}  # accele
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSpec:
-    """Everything that decides which weights are loaded, and how. `None` leaves it to us.
+    """Everything that decides which weights are loaded, and how they are run. `None` leaves it to
+    us.
 
     Raises ParameterError for a value that is not among those known.
     """
@@ -46,17 +48,31 @@ class LoadSpec:
     device_map: str | None = None
     attn_implementation: str | None = None
     preset: str | None = None
+    assistant_model: str | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_rows: int | None = None
+    max_waiting: int | None = None
+    max_cached_tokens: int | None = None
+    prefix_cache_bytes: int | None = None
 
     def __post_init__(self) -> None:
         _among("dtype", self.dtype, DTYPES)
         _among("attn_implementation", self.attn_implementation, ATTENTIONS)
         _among("preset", self.preset, PRESETS)
+        check_options(self.options)
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """The engine's own options."""
+        return {name: getattr(self, name) for name in ENGINE_OPTIONS}
 
 
 def _among(name: str, value: str | None, known: tuple[str, ...]) -> None:
     if value is not None and value not in known:
         raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
+
+_Weights = tuple[Path, str, str, str | None]
 
 _by_spec: dict[tuple[LoadSpec, str], Gemma2Engine] = {}
 _by_weights: dict[tuple[object, ...], Gemma2Engine] = {}
@@ -69,32 +85,43 @@ def shared_engine(
     """The process's engine for `spec`, loaded the first time that it is asked for, and downloaded
     before with `token` and `max_retries` (see `hub.resolve`).
 
-    Two specs that come to the same folder, dtype, device and attention share one. A closed engine
-    is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
+    Two specs that come to the same folder, dtype, device, attention, assistant and options share
+    one; when only assistant or options differ, they share the weights. A closed engine is loaded
+    anew.
+
+    Raises ModelNotFoundError, ModelAccessError, DownloadError, CheckpointError or ParameterError.
     """
     # A relative folder is another one in another directory.
     asked = (spec, os.getcwd())
     known = _by_spec.get(asked)  # every request comes this way, so it asks no disk
     if known is not None and not known.closed:
         return known
-    folder = hub.resolve(
-        spec.model,
-        revision=spec.revision,
-        source=spec.source,
-        cache_dir=spec.cache_dir,
-        token=token,
-        max_retries=max_retries,
-    ).resolve()
+
+    def resolved(model: str, revision: str | None) -> Path:
+        return hub.resolve(
+            model,
+            revision=revision,
+            source=spec.source,
+            cache_dir=spec.cache_dir,
+            token=token,
+            max_retries=max_retries,
+        ).resolve()
+
+    folder = resolved(spec.model, spec.revision)
+    # The revision is the model's: another repository has others.
+    helper = resolved(spec.assistant_model, None) if spec.assistant_model is not None else None
     # One load at a time: two would fight for the disk and the memory.
     with _lock:
         device_map = spec.device_map or pick_device_map()
         dtype = pick_dtype(spec.dtype, device_map)
         weights = (folder, dtype, device_map, spec.attn_implementation)
-        engine = _by_weights.get(weights)
+        ways = (helper, *spec.options.values())
+        engine = _by_weights.get(weights + ways)
         if engine is None or engine.closed:
-            engine = _by_weights[weights] = _load(*weights)
+            engine = _made(weights, helper, spec.options)
             # Also under the attention that it was left to choose.
-            _by_weights[(*weights[:3], engine.model.config._attn_implementation)] = engine
+            for attention in (spec.attn_implementation, engine.attn_implementation):
+                _by_weights[(*weights[:3], attention, *ways)] = engine
         _by_spec[asked] = engine
     return engine
 
@@ -124,14 +151,45 @@ def pick_dtype(dtype: str | None, device_map: str) -> str:
     return "bfloat16" if native else "float32"
 
 
-def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> Gemma2Engine:
+def _made(weights: _Weights, helper: Path | None, options: dict[str, int | None]) -> Gemma2Engine:
+    from .engine import Gemma2Engine
+
+    model, tokenizer = _loaded(weights)
+    assistant = None
+    if helper is not None:
+        _, dtype, device_map, attention = weights
+        # A map names one model's own modules.
+        place = pick_device_map() if device_map.startswith("{") else device_map
+        assistant, own = _loaded((helper, dtype, place, attention))
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise ParameterError(
+                f"assistant_model={str(helper)!r} has another vocabulary than {str(weights[0])!r}: "
+                "give a smaller model of the same family, such as google/gemma-2-2b-it"
+            )
+    return Gemma2Engine(
+        model,
+        tokenizer,
+        name=str(weights[0]),
+        assistant=assistant,
+        **options,
+    )
+
+
+def _loaded(weights: _Weights) -> tuple[Any, Any]:
+    """The model and the tokenizer, an engine's that has these weights already if there is one."""
+    for known, engine in _by_weights.items():
+        if known[: len(weights)] == weights and not engine.closed:
+            return engine.model, engine.tokenizer
+    return _load(*weights)
+
+
+def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> tuple[Any, Any]:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .attention import register_grouped
-    from .engine import Gemma2Engine
 
     places = _parsed(device_map)
     unread = (SafetensorError, StrictDataclassError)
@@ -168,7 +226,7 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> G
         # transformers would take eager, of which this is the same without its copies.
         register_grouped()
         model.set_attn_implementation("grouped")
-    return Gemma2Engine(model, tokenizer, name=str(folder))
+    return model, tokenizer
 
 
 def _parsed(device_map: str) -> Any:

@@ -166,26 +166,26 @@ class RowLogits(LogitsProcessor):
 
         `input_ids` are (rows, tokens so far); `scores`, (rows, vocabulary), are overwritten.
         """
-        broken = scores.amax(-1).isnan().tolist() if self._check_finite else [False] * len(scores)
         choices = [
-            self._choose(row, input_ids[row], scores[row], broken[row])
-            for row in range(len(scores))
+            self.choose(row, ids[padding:], scores[row])
+            for row, (ids, padding) in enumerate(zip(input_ids, self._padding, strict=True))
         ]
         # `generate` takes the largest, for which torch reads 256,000 numbers in a third of a
         # millisecond on a CPU; it need not read further than it must.
         shown = scores[:, : max(choices) + 1].fill_(-torch.inf)
         return shown.scatter_(1, torch.tensor(choices, device=scores.device)[:, None], 0.0)
 
-    def _choose(self, row: int, ids: torch.Tensor, logits: torch.Tensor, broken: bool) -> int:
+    def choose(self, row: int, ids: torch.Tensor, logits: torch.Tensor) -> int:
+        """The row's choice, as by its chooser."""
         if row in self._over:
             return 0
         try:
-            if broken:
+            if self._check_finite and logits.amax().isnan():
                 raise NotFiniteError(
                     "the model computed NaN: float16 overflows in Gemma 2; load it with "
                     "dtype='bfloat16' or dtype='float32'"
                 )
-            return self._choosers[row].choose(ids[self._padding[row] :], logits)
+            return self._choosers[row].choose(ids, logits)
         except Exception as error:
             if self._failed is None:
                 raise

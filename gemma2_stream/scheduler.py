@@ -22,6 +22,7 @@ from transformers import DynamicCache, GenerationConfig
 from .batch import PREFILL_CHUNK, Batch, Cancelled
 from .kv import KVCache, States
 from .prefixes import PrefixCache, common_length
+from .speculation import Drafter
 from .stream import Channel
 from .streamer import Row
 
@@ -62,6 +63,7 @@ class Scheduler:
         prefixes: PrefixCache,
         limits: Limits,
         *,
+        drafters: Sequence[Drafter] = (),
         arrivals: Callable[[], Iterable[Row]],
         arrived: Callable[[], bool],
         left: Callable[[Channel], object],
@@ -80,7 +82,7 @@ class Scheduler:
 
         def batch() -> Batch:
             cache = KVCache() if limits.join else DynamicCache(config=model.config)
-            return Batch(model, tokenizer, cache)
+            return Batch(model, tokenizer, cache, drafters)
 
         self._joining, self._decoding = batch(), batch()
 

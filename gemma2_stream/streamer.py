@@ -70,6 +70,18 @@ class Row:
     def _completion_tokens(self) -> int:
         return len(self.ids) - len(self.request.prompt_ids)
 
+    def take(self, token_id: int) -> None:
+        """Take the next id, unless nobody wants it any more; an error ends the row."""
+        if self.channel.cancelled and not self.done:
+            self.finish("cancelled")
+        if self.done:
+            self.ids.append(token_id)  # the cache counts it all the same
+            return
+        try:
+            self.feed(token_id)
+        except Exception as error:
+            self.fail(error)
+
     def feed(self, token_id: int) -> None:
         """Take the next id, and send what text it completes, or the verdict it brings."""
         self.ids.append(token_id)
@@ -131,24 +143,13 @@ class TokenStreamer(TextIteratorStreamer, StoppingCriteria):
         columns = input_ids[:, self._seen :].tolist()
         self._seen = input_ids.shape[1]
         for row, ids in zip(self._rows, columns, strict=True):
-            if row.channel.cancelled and not row.done:
-                row.finish("cancelled")
             for token_id in ids:
-                if row.done:
-                    row.ids.append(token_id)  # the cache counts it all the same
-                else:
-                    self._feed(row, token_id)
+                row.take(token_id)
         if self._step_done() or any(row.done for row in self._rows):
             return torch.ones(len(self._rows), dtype=torch.bool, device=input_ids.device)
         if self._going is None:
             self._going = torch.zeros(len(self._rows), dtype=torch.bool, device=input_ids.device)
         return self._going
-
-    def _feed(self, row: Row, token_id: int) -> None:
-        try:
-            row.feed(token_id)
-        except Exception as error:
-            row.fail(error)
 
     def put(self, value: torch.Tensor) -> None:
         """`generate` puts the prompt first; every later token was taken by the criterion."""

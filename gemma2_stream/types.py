@@ -62,6 +62,27 @@ _RULES: dict[str, tuple[type, float, float, str]] = {
 }
 
 
+_OPTIONS: dict[str, tuple[type, float, float, str]] = {
+    "max_rows": (int, 1, math.inf, "a whole number of requests that decode together, 1 or more"),
+    "max_waiting": (int, 1, math.inf, "a whole number of requests that may wait, 1 or more"),
+    "max_cached_tokens": (int, 1, math.inf, "a whole number of tokens, 1 or more"),
+    "prefix_cache_bytes": (int, 0, math.inf, "a whole number of bytes, 0 (off) or more"),
+    "prompt_lookup_num_tokens": (int, 1, math.inf, "a whole number of tokens to guess; try 10"),
+}
+ENGINE_OPTIONS = tuple(_OPTIONS)
+"""What decides how an engine serves, and never what it says; each None or a whole number."""
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse a value that an engine option cannot have; None is what an engine does unasked.
+
+    Raises ParameterError.
+    """
+    for name, rule in _OPTIONS.items():
+        if options.get(name) is not None:
+            _check(name, options[name], *rule)
+
+
 def _stops(stop: object) -> tuple[str, ...]:
     """`stop` as a tuple without repeats; a single string is a list of one."""
     given = [stop] if isinstance(stop, str) else stop
