@@ -448,8 +448,11 @@ def test_a_reader_that_stops_reading_stops_the_model_until_it_goes_on(
 
 
 def test_a_reader_that_stops_reading_holds_up_nobody_else(random_engine: Gemma2Engine) -> None:
-    """As soon as another request waits, the one that nobody reads is finished for it."""
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3)
-    unread = random_engine.submit([_request(Either("llm", random_engine), 300)])
-    assert llm.invoke(PROMPT) == reference(random_engine, PROMPT, 3)
-    assert sum(1 for _ in unread) > MAX_UNREAD
+    """Another request joins the one that nobody reads, or has it finished where it takes a row."""
+    expected = reference(random_engine, PROMPT, 3)
+    model, tokenizer = random_engine.model, random_engine.tokenizer
+    for rows in (32, 1):
+        with Gemma2Engine(model, tokenizer, name=f"{rows} rows", max_rows=rows) as engine:
+            unread = engine.submit([_request(Either("llm", engine), 300)])
+            assert Gemma2LLM(engine=engine, max_new_tokens=3).invoke(PROMPT) == expected
+            assert sum(1 for _ in unread) > MAX_UNREAD

@@ -26,6 +26,7 @@ CORE = {
     "CheckpointError": core.ModelError,
     "NotFiniteError": core.ModelError,
     "GenerationTimeoutError": core.ModelTimeoutError,
+    "EngineBusyError": core.ModelRateLimitError,
     "EngineClosedError": core.ModelError,
 }
 

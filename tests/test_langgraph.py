@@ -87,7 +87,9 @@ def talker(request: pytest.FixtureRequest) -> Iterator[Gemma2Engine]:
     model = random_gemma(TalkingGemma2, vocab=len(tokenizer))
     model.tokenizer = tokenizer
     model.header = tokenizer.encode("<start_of_turn>model\n", add_special_tokens=False)
-    with Gemma2Engine(model, tokenizer, name="talking") as engine:
+    # One request at a time, and all of it, so that the model can tell what it reads.
+    options = {"max_rows": 1, "prefix_cache_bytes": 0}
+    with Gemma2Engine(model, tokenizer, name="talking", **options) as engine:
         yield engine
 
 

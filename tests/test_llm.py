@@ -172,7 +172,7 @@ async def test_each_token_reaches_each_handler_once_and_in_order(
             assert info["model_name"] == both.engine.name
             usage = info["token_usage"]
             assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-            assert usage["cached_tokens"] == 0
+            assert 0 <= usage["cached_tokens"] < usage["prompt_tokens"]
         if kind is AsyncRecord and path.startswith("a"):
             assert handler.loops == {asyncio.get_running_loop()}
 
