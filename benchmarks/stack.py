@@ -1,6 +1,7 @@
 """A model of Gemma-2-2b's real shape with fewer layers and random weights, for the benchmarks.
 
     model = random_stack()                  # 8 of the 26 layers: 1.21 B parameters, 2.4 GB, seconds
+    say_only(model, words(tokenizer))       # answers that text keeps: encoded, they are their ids
     save(folder, model, tokenizer)          # a checkpoint that transformers, vLLM and others read
 
 Speed does not depend on what the weights are, as long as they are finite; the text does, and two
@@ -16,6 +17,7 @@ things are arranged so that every engine has the same work to do on the same fil
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,25 @@ def random_stack(layers: int = 8, dtype: torch.dtype = torch.bfloat16) -> Gemma2
 def _fill(flat: torch.Tensor, noise: torch.Tensor) -> None:
     for start in range(0, len(flat), len(noise)):
         flat[start : start + len(noise)] = noise[: len(flat) - start]
+
+
+def words(tokenizer: Any) -> list[int]:
+    """Ids of words with the space before them: the text of any sequence encodes to the sequence."""
+    pieces = ((token_id, piece) for piece, token_id in tokenizer.get_vocab().items())
+    return sorted(
+        token_id
+        for token_id, piece in pieces
+        if piece.startswith("▁") and piece[1:].isascii() and piece[1:].isalpha()
+    )
+
+
+def say_only(model: Gemma2ForCausalLM, ids: Sequence[int]) -> None:
+    """Zero the rows of all other ids in the tied table, so that none of them is ever chosen."""
+    table = model.get_input_embeddings().weight
+    other = torch.ones(len(table), dtype=torch.bool)
+    other[list(ids)] = False
+    with torch.no_grad():
+        table[other] = 0
 
 
 def save(folder: str | Path, model: Gemma2ForCausalLM, tokenizer: Any) -> None:
