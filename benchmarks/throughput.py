@@ -33,9 +33,9 @@ the mean over requests of the first's arrival, where the caller gets one before 
     HF         `batch_size` is set to the number of requests, else `batch` is one by one too.
                Beside the first of the goals' numbers, and in the first round only.
     arrivals   Eight requests of 128 new tokens; each is submitted when the model is about to run
-               forward number 0, 8, 16 and so on. Forwards are counted by a hook on the model, which
-               waits until the newcomer is in the queue. Counts do not depend on the layers, so one
-               is enough. In turn is eight times the forwards of one stock `generate`.
+               forward number 0, 8, 16 and so on. Forwards are counted by a hook on the decoder,
+               which waits until the newcomer is in the queue. Counts do not depend on the layers,
+               so one is enough. In turn is eight times the forwards of one stock `generate`.
 
 vLLM's environment (3.4 GB), with its requirements from its metadata, less torchvision and others
 that it does not need here:
@@ -345,7 +345,8 @@ def counted(model: Any, before: Callable[[int], None] = lambda number: None) -> 
         before(count[0])
         count[0] += 1
 
-    handle = model.register_forward_pre_hook(hook)
+    # The decoder: a prefill in chunks has no use for the logits of all but the last.
+    handle = model.get_decoder().register_forward_pre_hook(hook)
     try:
         yield count
     finally:
