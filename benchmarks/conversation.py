@@ -94,11 +94,12 @@ class Bench:
     def encode(self, text: str) -> list[int]:
         return self.engines[WITH].encode(text, raw=True)
 
-    def both(self, text: str, tokens: int = 1) -> dict[str, Result]:
-        """What `ask` finds with each engine, in random order."""
+    def both(self, text: str, tokens: int = 1, bare: int | None = None) -> dict[str, Result]:
+        """What `ask` finds with each engine, in random order; `bare` tokens without the cache."""
         ids, order = self.encode(text), list(self.engines)
         self.draw.shuffle(order)
-        return {name: ask(self.engines[name], ids, tokens) for name in order}
+        wanted = {WITH: tokens, WITHOUT: tokens if bare is None else bare}
+        return {name: ask(self.engines[name], ids, wanted[name]) for name in order}
 
 
 def ask(engine: Gemma2Engine, ids: Sequence[int], tokens: int) -> Result:
@@ -224,15 +225,12 @@ def ten_turns(bench: Bench, options: argparse.Namespace) -> Result:
     for number in range(options.turns):
         say(f"turns: {number + 1} of {options.turns}, load {psutil.getloadavg()[0]:.1f}")
         prompt = history + said(bench.words(TURN))
-        # The answer is asked for on the first way, since the second would find its prompt cached.
-        ids = bench.encode(prompt)
-        answer = ask(bench.engines[WITH], ids, TURN_ANSWER)
-        bare = ask(bench.engines[WITHOUT], ids, 1)
-        figures["history"].append(len(ids))
-        figures[WITH].append(round(answer["first"], 3))
-        figures[WITHOUT].append(round(bare["first"], 3))
-        figures["cached"].append(answer["cached"])
-        history = f"{prompt}{answer['text']}<end_of_turn>\n"
+        found = bench.both(prompt, TURN_ANSWER, bare=1)
+        figures["history"].append(len(bench.encode(prompt)))
+        figures["cached"].append(found[WITH]["cached"])
+        for name, figure in found.items():
+            figures[name].append(round(figure["first"], 3))
+        history = f"{prompt}{found[WITH]['text']}<end_of_turn>\n"
     return figures
 
 

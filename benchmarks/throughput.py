@@ -509,9 +509,13 @@ def plot(document: Result, path: str) -> None:
     firsts.set_title("seconds to the first token, mean")
     for axes in (rates, firsts):
         axes.set_xticks(numbers, [str(n) for n in numbers])
+        low, high = axes.get_ylim()
+        scale = [m * 10**power for power in range(-2, 4) for m in (1, 2, 5)]
+        marks = [mark for mark in scale if low <= mark <= high]
+        axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
         axes.minorticks_off()
         axes.set_xlabel("requests at once")
-        axes.legend(fontsize=7)
+    figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, transparent=True, metadata={"Date": None})
 
 
