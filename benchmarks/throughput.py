@@ -224,7 +224,7 @@ class Vllm:
         line = self._process.stdout.readline() if self._process.stdout else ""
         if not line:
             self._listener.join()
-            raise RuntimeError(f"vLLM ended:\n{''.join(self._said)}")
+            raise RuntimeError(f"vLLM ended with {self._process.wait()}:\n{''.join(self._said)}")
         answer: Result = json.loads(line)
         return answer
 
