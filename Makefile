@@ -22,8 +22,8 @@ INSTALL = $(PIP) install $(PIP_OPTIONS) --no-compile -c $(CONSTRAINTS)
 # What pip collects, installs or cannot reconcile, without the rest; warnings and errors stay.
 BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|    .* (depends|requested))' || true; }
 
-# What they share, and vLLM's side of one, are no benchmarks.
-BENCHMARKS := $(filter-out %/stack.py %/vllm_worker.py,$(wildcard benchmarks/*.py))
+# What they share, and the sides of others that run elsewhere, are no benchmarks.
+BENCHMARKS := $(filter-out %/stack.py %_worker.py,$(wildcard benchmarks/*.py))
 VLLM := .venv-vllm
 
 .PHONY: help demo test check pytest wheel bench vllm lowest constraints clean
