@@ -86,6 +86,8 @@ def test_each_carries_its_message_between_processes(name: str) -> None:
 
 
 def test_only_what_may_pass_is_retried() -> None:
-    """LangChain retries what says so: the network and the clock, never a wrong parameter."""
+    """LangChain retries what says so: network, clock and queue, never a wrong parameter."""
     retried = {name for name in CORE if getattr(errors, name).is_retryable}
-    assert retried == {"DownloadError", "ChecksumError", "GenerationTimeoutError"}
+    assert retried == {
+        "DownloadError", "ChecksumError", "EngineBusyError", "GenerationTimeoutError"
+    }  # fmt: skip

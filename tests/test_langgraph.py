@@ -53,11 +53,6 @@ class TalkingGemma2(Gemma2ForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        cache = output.cache if "cache" in output else output.past_key_values  # renamed in 5.24
-        ids = kwargs["input_ids"][0].tolist()
-        if cache.get_seq_length() == len(ids):
-            self.read.append([])
-        self.read[-1] += ids
         prompt = self.prompt(self.read[-1])
         if prompt:
             answer = [*self._answer(prompt), self.config.eos_token_id[0]]
@@ -65,6 +60,13 @@ class TalkingGemma2(Gemma2ForCausalLM):
             output.logits[0, -1] = -30.0
             output.logits[0, -1, answer[step]] = 30.0
         return output
+
+    def note(self, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Before a forward of the decoder, which alone reads all but the end of a long prompt."""
+        cache = kwargs["cache"] if "cache" in kwargs else kwargs["past_key_values"]  # before 5.24
+        if cache.get_seq_length() == 0:
+            self.read.append([])
+        self.read[-1] += kwargs["input_ids"][0].tolist()
 
     def prompt(self, ids: list[int]) -> list[int]:
         """The first part of `ids`, up to where the model's own turn begins."""
@@ -86,6 +88,7 @@ def talker(request: pytest.FixtureRequest) -> Iterator[Gemma2Engine]:
         tokenizer = request.getfixturevalue("gemma_tokenizer")
     model = random_gemma(TalkingGemma2, vocab=len(tokenizer))
     model.tokenizer = tokenizer
+    model.model.register_forward_pre_hook(model.note, with_kwargs=True)
     model.header = tokenizer.encode("<start_of_turn>model\n", add_special_tokens=False)
     # One request at a time, and all of it, so that the model can tell what it reads.
     options = {"max_rows": 1, "prefix_cache_bytes": 0}
