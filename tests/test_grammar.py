@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, NotRequired
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -238,10 +239,10 @@ class Held:
     def drive(self, constraint: Constraint, limit: int, taste: str, seed: int = 0) -> str:
         """The answer of some random weights, as `generate` would make it."""
         choose, detokenizer, text = random.Random(seed), self._detokenizer(), ""
+        chooser = Chooser(Request((0,), SamplingParams()), constraint)
         for _ in range(limit):
             logits = self._tastes[taste] + choose.choice(self._noise)
-            constraint.mask(logits)
-            token_id = constraint.take(int(logits.argmax()))
+            token_id = chooser.choose(torch.tensor([0]), logits)
             text += detokenizer.feed(token_id)
             if constraint.done:
                 break
@@ -510,9 +511,8 @@ def test_threads_compile_at_once(gemma_tokenizer: PreTrainedTokenizerFast) -> No
         start.wait(30)
         for schema in (schema_of(Keywords), {"const": number % 2}):
             constraint = grammars.constraint(AnswerFormat(schema=schema).grammar() or "", 100)
-        logits = torch.zeros(256_000)
-        constraint.mask(logits)
-        answers.append(int(logits.argmax()))
+        ids, logits = constraint.among(np.zeros(256_000, np.float32))
+        answers.append(int(logits.argmax() if ids is None else ids[0]))
 
     threads = [threading.Thread(target=compile_, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -565,9 +565,9 @@ def admits(held: Held, answer: AnswerFormat, text: str) -> bool:
     constraint = held.grammars.constraint(answer.grammar() or "", 1000)
     ids = [*PromptEncoder(held.tokenizer).text(text), held.end_ids[0]]
     for place, token_id in enumerate(ids):
-        logits = torch.zeros(len(held.tokenizer))
-        constraint.mask(logits)
-        if logits[token_id] != 0:
+        next_ids, logits = constraint.among(np.zeros(len(held.tokenizer), np.float32))
+        allowed = logits[token_id] == 0 if next_ids is None else token_id in next_ids
+        if not allowed:
             return False
         assert constraint.take(token_id) == token_id
         if constraint.done:  # the end of the turn need not be said
