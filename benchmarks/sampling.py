@@ -14,7 +14,7 @@ milliseconds a step, what sorts them is a good part of the time.
 How: random weights of Gemma-2-2b's shape with 8 of its 26 layers, bfloat16, as a short run needs; a
 sampler's share of the whole model is a third of that shown. The last norm has random signs, since
 random tied weights would say their last token again with certainty, and is scaled so that about
-1,500 tokens hold nine tenths of the probability, more than in most places of a real answer.
+1,000 tokens hold nine tenths of the probability, more than in most places of a real answer.
     step      The arms take turns within a round, in another order each round, and each is compared
               with our greedy arm of its own round: the median of its steps, prefill left out,
               clocked as the model's forwards begin. As many rounds as `--seconds` allow, two at
@@ -90,8 +90,8 @@ def ours(values: dict[str, Any], seed: int) -> SamplingParams:
 
 
 def theirs(values: dict[str, Any]) -> dict[str, Any]:
-    """The same, as `generate` takes it: without `top_k` it would take 50."""
-    return {"do_sample": "temperature" in values, "top_k": 0, **values}
+    """The same, as `generate` takes it; where it samples without `top_k` it would take 50."""
+    return {"do_sample": True, "top_k": 0, **values} if "temperature" in values else values
 
 
 def uncertain(model: Any) -> None:
@@ -227,7 +227,7 @@ def report(document: Result) -> str:
     host, figures = document["machine"], document["figures"]
     names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     rows = figures["rows"]
-    greedy = ", ".join(f"{span(each['greedy_ms'], 0)} ms with {n}" for n, each in rows.items())
+    greedy = ", ".join(f"{span(each['greedy_ms'], 0)} ms, rows: {n}" for n, each in rows.items())
     columns = [(n, lib) for n, each in rows.items() for lib in (OURS, THEIRS) if lib in each]
     head = ["", *(f"{library}, rows: {n}" for n, library in columns)]
     ratios = [
@@ -240,7 +240,7 @@ def report(document: Result) -> str:
         [
             f"`{document['command']}` on {document['date']}, {host['cores']} cores "
             f"({host['cpu']}), {host['memory_gb']} GB, {names}. In brackets are 95 % intervals.",
-            f"**Time of a step, over our greedy step** ({greedy} row or rows), "
+            f"**Time of a step, over our greedy step** ({greedy}), "
             f"{figures['layers']} layers of Gemma-2-2b's shape in bfloat16",
             table(head, ratios),
             neighbours(figures),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ class Sampler:
 
     def choose(self, logits: Logits) -> int:
         """The next token id."""
-        ids: Any = None
+        ids: NDArray[np.intp] | None = None
         if 0 < self._top_k < len(logits):
             ids = logits.argpartition(-self._top_k)[-self._top_k :]
             logits = logits[ids]

@@ -348,6 +348,24 @@ def test_a_done_constraint_is_inert(demo_held: Held) -> None:
     assert int(rows(torch.tensor([[5]]), logits.clone()).argmax()) != 300
 
 
+def test_a_grammar_that_fails_ends_its_row_alone(demo_held: Held) -> None:
+    """Its error is told with the row's index, once, and the row beside it is held as before."""
+    failing, sound = demo_held.constraint(INTEGER, 0), demo_held.constraint(INTEGER, 10)
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        failing.take(demo_held.tokenizer.convert_tokens_to_ids("x"))
+    errors: list[tuple[int, type[BaseException]]] = []
+    rows = RowLogits(
+        [Chooser(Request((5,), SamplingParams()), constraint) for constraint in (failing, sound)],
+        [0, 0],
+        check_finite=False,
+        failed=lambda row, error: errors.append((row, type(error))),
+    )
+    for _ in range(2):
+        chosen = rows(torch.tensor([[5], [5]]), torch.zeros(2, len(demo_held.tokenizer))).argmax(-1)
+        assert demo_held.tokenizer.decode(chosen[1]).strip("-0123456789") == ""
+    assert errors == [(0, GrammarError)]
+
+
 # Refusals ------------------------------------------------------------------------------------
 
 REFUSED: dict[str, dict[str, Any]] = {
