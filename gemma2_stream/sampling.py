@@ -47,7 +47,9 @@ class Sampler:
         """The next token id."""
         ids: NDArray[np.intp] | None = None
         if 0 < self._top_k < len(logits):
-            ids = logits.argpartition(-self._top_k)[-self._top_k :]
+            # What is as likely as the last of them stays, as in transformers; and so does NaN.
+            less = logits < np.partition(logits, -self._top_k)[-self._top_k]
+            ids = (~less).nonzero()[0]
             logits = logits[ids]
         with np.errstate(all="ignore"):  # what is infinitely unlikely may overflow
             # Relative to the largest, so that the largest weight is 1.

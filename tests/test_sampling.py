@@ -218,13 +218,14 @@ def test_top_p_among_equals_keeps_as_many_as_reach_it() -> None:
     assert min(chosen.values()) > 80
 
 
-def test_top_k_among_equals_keeps_k() -> None:
-    """Of like tokens as many come as were asked for, and always those that stand above."""
+def test_top_k_keeps_what_equals_the_last() -> None:
+    """As in transformers; in bfloat16 there are many such, and none is left out by its place."""
     logits = torch.tensor([1.0, 1.0, 5.0, 1.0, 1.0, 0.0])
-    chosen = draw(logits, 500, temperature=5.0, top_k=3)
-    assert len(chosen) == 3
-    assert 2 in chosen
-    assert 5 not in chosen
+    assert {*draw(logits, 500, temperature=5.0, top_k=3)} == {0, 1, 2, 3, 4}
+    coarse = noise(5_000).bfloat16().float()
+    support = {*warped(coarse, temperature=5.0, top_k=50).nonzero().flatten().tolist()}
+    assert len(support) > 50
+    assert {*draw(coarse, 2_000, temperature=5.0, top_k=50)} == support
 
 
 def test_equals_have_equal_chances() -> None:
