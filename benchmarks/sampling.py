@@ -227,7 +227,10 @@ def report(document: Result) -> str:
     host, figures = document["machine"], document["figures"]
     names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
     rows = figures["rows"]
-    greedy = ", ".join(f"{span(each['greedy_ms'], 0)} ms, rows: {n}" for n, each in rows.items())
+    greedy = "; ".join(
+        f"rows: {n}, {span(each['greedy_ms'], 0)} ms, {each['rounds']} rounds"
+        for n, each in rows.items()
+    )
     columns = [(n, lib) for n, each in rows.items() for lib in (OURS, THEIRS) if lib in each]
     head = ["", *(f"{library}, rows: {n}" for n, library in columns)]
     ratios = [
