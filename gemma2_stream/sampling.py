@@ -82,7 +82,7 @@ def _find(weights: Logits, share: float) -> tuple[int, float]:
     """
     ends = weights.cumsum(dtype=np.float64)
     reached = share * ends[-1]
-    position = min(int(ends.searchsorted(reached)), len(ends) - 1)  # NaN is beyond all
+    position = int(ends.searchsorted(reached))
     begin = ends[position - 1] if position else 0.0
     return position, min(float((reached - begin) / (ends[position] - begin)), 1.0)
 

@@ -333,6 +333,24 @@ def test_a_repetition_that_hides_the_end_runs_free(demo_held: Held) -> None:
     assert (constraint.done, constraint.cut) == (True, False) or set(text) <= {'"', "}"}
 
 
+def test_what_is_not_allowed_is_not_among_much_that_is(held: Held) -> None:
+    """Inside a string nearly all tokens may come, each with its own logit; a raw line break and an
+    end of turn may not, however likely.
+    """
+    constraint = held.constraint(STRING, 1000)
+    quote, letter, newline = held.tokenizer.convert_tokens_to_ids(['"', "x", "\n"])
+    constraint.take(quote)
+    logits = np.arange(len(held.tokenizer), dtype=np.float32)
+    never = [newline, *held.end_ids, held.tokenizer.bos_token_id]
+    ids, left = constraint.among(logits.copy())
+    assert ids is None
+    assert left[letter] == logits[letter]
+    assert np.isneginf(left[never]).all()
+    chooser = Chooser(Request((5,), SamplingParams(temperature=1.0, seed=0)), constraint)
+    logits[never] = 1e9
+    assert chooser.choose(torch.tensor([5]), torch.from_numpy(logits)) not in never
+
+
 def test_a_done_constraint_is_inert(demo_held: Held) -> None:
     """What the other rows' steps bring to a row that is over is neither masked nor counted."""
     constraint = demo_held.constraint(INTEGER, 10)
