@@ -1,6 +1,6 @@
 """What holding an answer to a schema costs in this package, and which schemas it can hold.
 
-    python benchmarks/structured.py                           # everything; 5 minutes, 3 GB
+    python benchmarks/structured.py                           # everything; 5 minutes, 1 GB
     python benchmarks/structured.py --suite FOLDER            # with no download
     python benchmarks/structured.py --quick                   # cost and compile, 3 rounds; a minute
     GEMMA2_TOKENIZER=FOLDER python benchmarks/structured.py   # with Gemma 2's real tokenizer
@@ -17,11 +17,14 @@ often as the model's. grammars.py compares the libraries that could do it.
 
 How:
     cost      The arms take turns within a round, in another order each round, and each is compared
-              with the free arm of its own round. Random weights of one small layer, so that what is
-              measured is not drowned by the model; a free answer of the same number of tokens is
-              subtracted. Greedy, with the output rows of ids that end a turn zeroed, so that a free
-              answer has no end. All of the engine runs, its thread and its queue included. CPU time
-              is the whole process's; intervals are a 95 % bootstrap of the median difference.
+              with the free arm of its own round. All of the engine runs, its thread, its queue and
+              `generate` included, on the smallest model that still has a logit for every token: a
+              width of 16 under 256,000 output rows. What is measured is a difference, and a larger
+              model would only add its own noise to both sides. A free answer of the same number of
+              tokens is subtracted, greedy, with the output rows of ids that end a turn zeroed, so
+              that it has no end. Answers differ between rounds, as the prompts do. One torch
+              thread: more would spin on a busy core. CPU time is the whole process's; intervals are
+              a 95 % bootstrap of the median difference.
     coverage  A schema counts as refused when GrammarError is raised for it, an instance as accepted
               when it is admitted in any order of its keys, since the grammar fixes that order.
               Instances that a schema of open objects admits and ours does not are counted apart:
@@ -69,17 +72,17 @@ FORMATS = {
 
 
 def small_engine() -> Gemma2Engine:
-    """One small layer of random weights under the whole vocabulary, that never ends a turn."""
+    """One tiny layer of random weights under the whole vocabulary, that never ends a turn."""
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=64,
+        hidden_size=16,
+        intermediate_size=16,
         num_hidden_layers=1,
-        num_attention_heads=2,
+        num_attention_heads=1,
         num_key_value_heads=1,
-        head_dim=32,
+        head_dim=16,
         tie_word_embeddings=False,
         eos_token_id=[1, 107],
     )
@@ -92,11 +95,11 @@ def small_engine() -> Gemma2Engine:
     return Gemma2Engine(model, tokenizer, name="small")
 
 
-def run(engine: Gemma2Engine, answer: AnswerFormat, rows: int) -> tuple[float, float, int]:
-    """Wall and CPU seconds of one group of `rows` answers, and the tokens of all of them."""
+def run(engine: Gemma2Engine, answer: AnswerFormat, prompts: range) -> tuple[float, float, int]:
+    """Wall and CPU seconds of one group of answers, and the tokens of all of them."""
     params = SamplingParams(max_new_tokens=TOKENS)
-    prompts = [engine.encode(f"Order number {row}") for row in range(rows)]
-    requests = [Request(tuple(ids), params, answer.grammar()) for ids in prompts]
+    asked = [engine.encode(f"Order number {number}") for number in prompts]
+    requests = [Request(tuple(ids), params, answer.grammar()) for ids in asked]
     engine.join()
     wall, cpu = time.perf_counter(), time.process_time()
     usages = [chunk.usage for chunk in engine.submit(requests) if chunk.usage is not None]
@@ -111,12 +114,15 @@ def cost(options: argparse.Namespace) -> Result:
         figures["vocabulary"] = len(engine.tokenizer)
         for rows in ROWS:
             times: dict[str, list[list[float]]] = {name: [] for name in FORMATS}
-            for number in range(options.rounds + 1):  # the first warms up
-                say(f"cost: {rows} rows, round {number} of {options.rounds}")
+            rounds = options.rounds if rows == 1 else max(2, options.rounds // 3)
+            for number in range(rounds + 1):  # the first warms up
+                say(f"cost: {rows} rows, round {number} of {rounds}")
                 order = list(FORMATS)
                 random.Random(number).shuffle(order)
                 for name in order:
-                    wall, cpu, tokens = run(engine, FORMATS[name], rows)
+                    wall, cpu, tokens = run(
+                        engine, FORMATS[name], range(number * rows, (number + 1) * rows)
+                    )
                     if number:
                         times[name].append([wall / tokens * 1e6, cpu / tokens * 1e6])
             figures["rows"][str(rows)] = {
@@ -274,7 +280,9 @@ def main() -> None:
     parser.add_argument(
         "--suite", metavar="FOLDER", help="of the JSON Schema Test Suite; else pip fetches it"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="of the cost")
+    parser.add_argument(
+        "--rounds", type=int, default=40, help="of the cost with one row; a third of it with eight"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="--parts cost,compile --rounds 3: wide intervals"
     )

@@ -1,8 +1,8 @@
 """A grammar that an answer cannot leave: which tokens it allows next, and how to end it in time.
 
-Knows llguidance, a tokenizer and one row of logits; no LangChain. A grammar is text in llguidance's
-Lark dialect (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), in which
-`%json {...}` stands for all that a JSON schema admits.
+Knows llguidance, a tokenizer and one row of logits; no LangChain, no torch. A grammar is text in
+llguidance's Lark dialect (https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md), in
+which `%json {...}` stands for all that a JSON schema admits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .detokenizer import Pieces, pieces_of
 from .errors import GrammarError
@@ -34,15 +33,10 @@ _FILLING += string.ascii_letters.replace("a", "") + "_~!#$%&'*+=?^`|();<>, "
 # What each byte of a bitmask adds to the logits of its eight tokens: nothing, or what forbids them.
 # A sum takes a third of the time of a mask, whose branches a processor cannot foresee.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-_BARRIERS = torch.from_numpy(np.where(_BITS, np.float32(0), np.float32(-np.inf)))
+_BARRIERS = np.where(_BITS, np.float32(0), np.float32(-np.inf))
 
-
-# Inside strings, most of all, one mask comes again and again, in the other rows of a batch too.
-@functools.lru_cache(16)
-def _barriers(bits: bytes, device: torch.device) -> torch.Tensor:
-    """What a bitmask adds to logits, shape (8 * bytes,), a megabyte for 256,000 tokens."""
-    eights = torch.from_numpy(np.frombuffer(bits, np.uint8).astype(np.int32)).to(device)
-    return _BARRIERS.to(device).index_select(0, eights).view(-1)
+# Up to this part of a bitmask's words it is quicker to gather the logits of what they allow.
+_FEW = 1 / 8
 
 
 class Grammars:
@@ -178,14 +172,23 @@ class Constraint:
         self.cut = False
         self.done = False
 
-    def mask(self, scores: torch.Tensor) -> None:
-        """Forbid in `scores`, shape (vocabulary,), what the grammar cannot take next; in place."""
-        bits = self._matcher.compute_bitmask()
+    def among(self, logits: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """What the grammar can take next: ids and their logits, of `logits`, shape (vocabulary,);
+        where they are many, None and all logits, in which the others are forbidden; in place.
+        """
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         self._check()  # in an error it allows an end of turn, as if all were well
-        scores += _barriers(bits, scores.device)[: len(scores)]
+        lit = words.nonzero()[0]
+        if len(lit) > _FEW * len(words):
+            barriers = _BARRIERS.take(words.view(np.uint8), axis=0, mode="clip")
+            logits += barriers.reshape(-1)[: len(logits)]
+            return None, logits
+        bits = np.unpackbits(words[lit].view(np.uint8), bitorder="little").nonzero()[0]
+        ids = lit[bits // 32] * 32 + bits % 32
+        return ids, logits[ids]
 
     def take(self, token_id: int) -> int:
-        """The model chose `token_id`, which the mask allows; the answer goes on with what is
+        """The model chose `token_id`, which is among them; the answer goes on with what is
         returned, which is the same unless that would leave no room to end.
 
         Raises GrammarError when the grammar has outgrown what can be computed.

@@ -13,15 +13,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.nn import functional
+from numpy.typing import NDArray
 from transformers import LogitsProcessor
 
 from .errors import NotFiniteError
 from .grammar import Constraint
 from .types import Request, SamplingParams
 
-# A number falls on a block of tokens first, and then on one within it: two short sums, in which
-# double precision costs nothing. 256,000 is a multiple of it.
+# float32, shape (vocabulary,). numpy, since torch takes twenty times as long for an argmax, sorts
+# what it could partition, and has its threads wait for each other at every step of this.
+Logits = NDArray[np.float32]
+
+# A number falls on a block of tokens first, and then on one within it: short sums, in which double
+# precision costs nothing.
 _BLOCK = 512
 
 
@@ -39,63 +43,55 @@ class Sampler:
         self._min_p = params.min_p or 0.0
         self._random = random.Random(params.seed)
 
-    def choose(self, logits: torch.Tensor) -> int:
-        """The next token id, from `logits` of shape (vocabulary,), in float32."""
-        ids: torch.Tensor | None = None
+    def choose(self, logits: Logits) -> int:
+        """The next token id."""
+        ids: NDArray[np.intp] | None = None
         if 0 < self._top_k < len(logits):
-            logits, ids = logits.topk(self._top_k, sorted=False)
-        # Relative to the largest, whose weight is 1, so that no temperature can overflow.
-        weights = logits.sub(logits.max()).div_(self._temperature).exp_()
-        enough = self._top_p * float(weights.sum()) if self._top_p < 1 else math.inf
+            # What is as likely as the last of them stays, as in transformers; and so does NaN.
+            less = logits < np.partition(logits, -self._top_k)[-self._top_k]
+            ids = (~less).nonzero()[0]
+            logits = logits[ids]
+        with np.errstate(all="ignore"):  # what is infinitely unlikely may overflow
+            # Relative to the largest, so that the largest weight is 1.
+            weights = logits - logits.max()
+            weights /= np.float32(self._temperature)
+            np.exp(weights, out=weights)
+        enough = self._top_p * weights.sum() if self._top_p < 1 else math.inf
         if self._min_p:
-            torch.threshold_(weights, _below(self._min_p), 0.0)
+            weights *= weights >= np.float32(self._min_p)
         position = self._draw(weights)
         # Nothing is sorted to find where top_p ends. What is drawn from beyond is taken out, with
         # all that comes after it, and drawn anew: ln(1 / top_p) times on average.
-        while enough < math.inf and float((ahead := _ahead(weights, position)).sum()) >= enough:
+        while enough < math.inf and (ahead := _ahead(weights, position)).sum() >= enough:
             weights = ahead
             position = self._draw(weights)
         return position if ids is None else int(ids[position])
 
-    def _draw(self, weights: torch.Tensor) -> int:
+    def _draw(self, weights: Logits) -> int:
         """The position that one uniform number falls on along the cumulated weights."""
-        share: float | torch.Tensor = 1 - self._random.random()  # never 0: no weight, no chance
-        blocks = functional.pad(weights, (0, -len(weights) % _BLOCK)).view(-1, _BLOCK)
-        block, share = _find(blocks.sum(-1), share)
-        position = int(block * _BLOCK + _find(blocks[block], share)[0])
-        return min(position, len(weights) - 1)  # more only where there is NaN
+        share = 1 - self._random.random()  # never 0, which would fall on what has no weight
+        starts = np.arange(0, len(weights), _BLOCK)
+        block, share = _find(np.add.reduceat(weights, starts), share)
+        start = int(starts[block])
+        return start + _find(weights[start : start + _BLOCK], share)[0]
 
 
-def _find(
-    weights: torch.Tensor, share: float | torch.Tensor
-) -> tuple[torch.Tensor, float | torch.Tensor]:
-    """Where the cumulated `weights` reach `share` (above 0) of their sum, and the share of that
+def _find(weights: Logits, share: float) -> tuple[int, float]:
+    """Where the cumulated `weights` reach `share`, in (0, 1], of their sum, and the share of that
     weight which it takes.
     """
-    ends = weights.double().cumsum(-1)
+    ends = weights.cumsum(dtype=np.float64)
     reached = share * ends[-1]
-    # No end is NaN, and no NaN is an index.
-    position = torch.searchsorted(ends, reached).clamp_(max=len(ends) - 1)
-    begin = functional.pad(ends, (1, 0))[position]
-    return position, (reached - begin) / (ends[position] - begin)
+    position = int(ends.searchsorted(reached))
+    begin = ends[position - 1] if position else 0.0
+    return position, min(float((reached - begin) / (ends[position] - begin)), 1.0)
 
 
-def _ahead(weights: torch.Tensor, position: int) -> torch.Tensor:
-    """`weights` with only those left that are larger than the one at `position`, or come before it
-    and are equal.
-    """
-    least = float(weights[position])
-    return torch.cat(
-        (
-            torch.threshold(weights[:position], _below(least), 0.0),
-            torch.threshold(weights[position:], least, 0.0),
-        )
-    )
-
-
-def _below(value: float) -> float:
-    """The largest number in float32 below `value`; `threshold` takes what is larger."""
-    return float(np.nextafter(np.float32(value), np.float32(0)))
+def _ahead(weights: Logits, position: int) -> Logits:
+    """`weights` without what is smaller than the one at `position`, or equal and not before it."""
+    kept: NDArray[np.bool_] = weights > weights[position]
+    kept[:position] = weights[:position] >= weights[position]
+    return weights * kept
 
 
 class Chooser:
@@ -109,30 +105,29 @@ class Chooser:
 
     @property
     def needed(self) -> bool:
-        """Whether the most likely token of the model's logits may be another than the choice."""
-        return not (self._penalty == 1 and self._sampler is None and self._constraint is None)
+        """Whether the choice may be another than the model's most likely token."""
+        return self._penalty != 1 or self._sampler is not None or self._constraint is not None
 
     def choose(self, ids: torch.Tensor, logits: torch.Tensor) -> int:
-        """The next token id of a row of text `ids`, shape (tokens,), without padding; from
-        `logits`, shape (vocabulary,), which may be changed.
+        """The next token id of a row whose text so far is `ids`, shape (tokens,), from `logits`,
+        shape (vocabulary,) in float32, which may be changed.
 
         Raises GrammarError when the grammar has outgrown what can be computed.
         """
+        scores = logits.cpu().numpy()
         if self._penalty != 1:
-            said = logits[ids]
-            logits[ids] = torch.where(said < 0, said * self._penalty, said / self._penalty)
+            said = ids.cpu().numpy()
+            old = scores[said]
+            scores[said] = np.where(old < 0, old * self._penalty, old / self._penalty)
         constraint = self._constraint
-        if constraint is not None and not constraint.done:
-            constraint.mask(logits)
-        choice = _likeliest(logits) if self._sampler is None else self._sampler.choose(logits)
-        if constraint is not None and not constraint.done:
-            choice = constraint.take(choice)
-        return choice
+        if constraint is None or constraint.done:
+            return self._pick(scores)
+        allowed, scores = constraint.among(scores)
+        choice = self._pick(scores)
+        return constraint.take(choice if allowed is None else int(allowed[choice]))
 
-
-def _likeliest(logits: torch.Tensor) -> int:
-    """The id with the largest of `logits`; on a CPU torch takes twenty times as long as numpy."""
-    return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
+    def _pick(self, scores: Logits) -> int:
+        return int(scores.argmax()) if self._sampler is None else self._sampler.choose(scores)
 
 
 class RowLogits(LogitsProcessor):
@@ -166,12 +161,13 @@ class RowLogits(LogitsProcessor):
 
         `input_ids` are (rows, tokens so far); `scores`, (rows, vocabulary), are overwritten.
         """
+        host = scores.cpu()  # all rows at once: to wait for each would take longer
         choices = [
-            self.choose(row, ids[padding:], scores[row])
+            self.choose(row, ids[padding:], host[row])
             for row, (ids, padding) in enumerate(zip(input_ids, self._padding, strict=True))
         ]
-        # `generate` takes the largest, for which torch reads 256,000 numbers in a third of a
-        # millisecond on a CPU; it need not read further than it must.
+        # `generate` takes the largest, for which torch needs a third of a millisecond a row if it
+        # is to read 256,000.
         shown = scores[:, : max(choices) + 1].fill_(-torch.inf)
         return shown.scatter_(1, torch.tensor(choices, device=scores.device)[:, None], 0.0)
 

@@ -165,7 +165,7 @@ def test_a_real_pipe() -> None:
     ("options", "parameters"),
     [
         ("--temperature 50 --seed 0", {"temperature": 50.0, "seed": 0}),
-        ("--temperature 50 --seed 0 --top-k 3", {"temperature": 50.0, "seed": 0, "top_k": 3}),
+        ("--temperature 50 --seed 1 --top-k 3", {"temperature": 50.0, "seed": 1, "top_k": 3}),
         ("--temperature 50 --seed 0 --top-p 0.5", {"temperature": 50.0, "seed": 0, "top_p": 0.5}),
         ("--temperature 50 --seed 0 --min-p 0.5", {"temperature": 50.0, "seed": 0, "min_p": 0.5}),
         ("--repetition-penalty 3", {"repetition_penalty": 3.0}),

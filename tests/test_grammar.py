@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, NotRequired
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -238,10 +239,10 @@ class Held:
     def drive(self, constraint: Constraint, limit: int, taste: str, seed: int = 0) -> str:
         """The answer of some random weights, as `generate` would make it."""
         choose, detokenizer, text = random.Random(seed), self._detokenizer(), ""
+        chooser = Chooser(Request((0,), SamplingParams()), constraint)
         for _ in range(limit):
             logits = self._tastes[taste] + choose.choice(self._noise)
-            constraint.mask(logits)
-            token_id = constraint.take(int(logits.argmax()))
+            token_id = chooser.choose(torch.tensor([0]), logits)
             text += detokenizer.feed(token_id)
             if constraint.done:
                 break
@@ -332,6 +333,24 @@ def test_a_repetition_that_hides_the_end_runs_free(demo_held: Held) -> None:
     assert (constraint.done, constraint.cut) == (True, False) or set(text) <= {'"', "}"}
 
 
+def test_what_is_not_allowed_is_not_among_much_that_is(held: Held) -> None:
+    """Inside a string nearly all tokens may come, each with its own logit; a raw line break and an
+    end of turn may not, however likely.
+    """
+    constraint = held.constraint(STRING, 1000)
+    quote, letter, newline = held.tokenizer.convert_tokens_to_ids(['"', "x", "\n"])
+    constraint.take(quote)
+    logits = np.arange(len(held.tokenizer), dtype=np.float32)
+    never = [newline, *held.end_ids, held.tokenizer.bos_token_id]
+    ids, left = constraint.among(logits.copy())
+    assert ids is None
+    assert left[letter] == logits[letter]
+    assert np.isneginf(left[never]).all()
+    chooser = Chooser(Request((5,), SamplingParams(temperature=1.0, seed=0)), constraint)
+    logits[never] = 1e9
+    assert chooser.choose(torch.tensor([5]), torch.from_numpy(logits)) not in never
+
+
 def test_a_done_constraint_is_inert(demo_held: Held) -> None:
     """What the other rows' steps bring to a row that is over is neither masked nor counted."""
     constraint = demo_held.constraint(INTEGER, 10)
@@ -345,6 +364,24 @@ def test_a_done_constraint_is_inert(demo_held: Held) -> None:
         assert int(rows(torch.tensor([[5]]), logits.clone()).argmax()) == 300
     constraint.done = False
     assert int(rows(torch.tensor([[5]]), logits.clone()).argmax()) != 300
+
+
+def test_a_grammar_that_fails_ends_its_row_alone(demo_held: Held) -> None:
+    """Its error is told with the row's index, once, and the row beside it is held as before."""
+    failing, sound = demo_held.constraint(INTEGER, 0), demo_held.constraint(INTEGER, 10)
+    with pytest.raises(GrammarError, match="cannot be followed"):
+        failing.take(demo_held.tokenizer.convert_tokens_to_ids("x"))
+    errors: list[tuple[int, type[BaseException]]] = []
+    rows = RowLogits(
+        [Chooser(Request((5,), SamplingParams()), constraint) for constraint in (failing, sound)],
+        [0, 0],
+        check_finite=False,
+        failed=lambda row, error: errors.append((row, type(error))),
+    )
+    for _ in range(2):
+        chosen = rows(torch.tensor([[5], [5]]), torch.zeros(2, len(demo_held.tokenizer))).argmax(-1)
+        assert demo_held.tokenizer.decode(chosen[1]).strip("-0123456789") == ""
+    assert errors == [(0, GrammarError)]
 
 
 # Refusals ------------------------------------------------------------------------------------
@@ -510,9 +547,8 @@ def test_threads_compile_at_once(gemma_tokenizer: PreTrainedTokenizerFast) -> No
         start.wait(30)
         for schema in (schema_of(Keywords), {"const": number % 2}):
             constraint = grammars.constraint(AnswerFormat(schema=schema).grammar() or "", 100)
-        logits = torch.zeros(256_000)
-        constraint.mask(logits)
-        answers.append(int(logits.argmax()))
+        ids, logits = constraint.among(np.zeros(256_000, np.float32))
+        answers.append(int(logits.argmax() if ids is None else ids[0]))
 
     threads = [threading.Thread(target=compile_, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -565,9 +601,9 @@ def admits(held: Held, answer: AnswerFormat, text: str) -> bool:
     constraint = held.grammars.constraint(answer.grammar() or "", 1000)
     ids = [*PromptEncoder(held.tokenizer).text(text), held.end_ids[0]]
     for place, token_id in enumerate(ids):
-        logits = torch.zeros(len(held.tokenizer))
-        constraint.mask(logits)
-        if logits[token_id] != 0:
+        next_ids, logits = constraint.among(np.zeros(len(held.tokenizer), np.float32))
+        allowed = logits[token_id] == 0 if next_ids is None else token_id in next_ids
+        if not allowed:
             return False
         assert constraint.take(token_id) == token_id
         if constraint.done:  # the end of the turn need not be said
