@@ -1,4 +1,4 @@
-"""A folder to a running engine: device, dtype, attention, and one copy of the weights a process.
+"""A folder to a running engine: device, dtype, attention, preset, and one copy of the weights.
 
 Knows transformers and torch, inside functions: importing this module loads neither.
 """
@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .errors import CheckpointError, ParameterError
+from .presets import PRESETS, Choice, choose
 
 if TYPE_CHECKING:
     from .engine import Gemma2Engine
 
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-PRESETS = ("exact",)
-_PLACES = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}  # accelerate's own
+_SPREAD = {"auto", "balanced", "balanced_low_0", "sequential"}  # accelerate's own
+_PLACES = _SPREAD | {"disk"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,9 @@ def shared_engine(
     """The process's engine for `spec`, loaded the first time that it is asked for, and downloaded
     before with `token` and `max_retries` (see `hub.resolve`).
 
-    Two specs that come to the same folder, dtype, device and attention share one. A closed engine
-    is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
+    Two specs that come to the same folder, dtype, device, attention and preset share one. A closed
+    engine is loaded anew. Raises ModelNotFoundError, ModelAccessError, DownloadError,
+    CheckpointError, or ParameterError for a device, an attention or a preset that is not to be had.
     """
     # A relative folder is another one in another directory.
     asked = (spec, os.getcwd())
@@ -82,12 +84,13 @@ def shared_engine(
     with _lock:
         device_map = spec.device_map or pick_device_map()
         dtype = pick_dtype(spec.dtype, device_map)
-        weights = (folder, dtype, device_map, spec.attn_implementation)
+        preset = pick_preset(spec.preset, folder, dtype, device_map).preset
+        weights = (folder, dtype, device_map, preset, spec.attn_implementation)
         engine = _by_weights.get(weights)
         if engine is None or engine.closed:
             engine = _by_weights[weights] = _load(*weights)
             # Also under the attention that it was left to choose.
-            _by_weights[(*weights[:3], engine.model.config._attn_implementation)] = engine
+            _by_weights[(*weights[:4], engine.model.config._attn_implementation)] = engine
         _by_spec[asked] = engine
     return engine
 
@@ -117,7 +120,47 @@ def pick_dtype(dtype: str | None, device_map: str) -> str:
     return "bfloat16" if native else "float32"
 
 
-def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> Gemma2Engine:
+def pick_preset(preset: str | None, folder: Path, dtype: str, device_map: str) -> Choice:
+    """What `preset` comes to for the checkpoint in `folder`; reads no weights.
+
+    Raises ParameterError for what cannot be had.
+    """
+    return choose(
+        preset,
+        device=device_kind(device_map),
+        dtype=dtype,
+        size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        quantized=_is_quantized(folder),
+    )
+
+
+def device_kind(device_map: str) -> str:
+    """ "cpu", "cuda", "mps" or the like where all weights are on one kind, else `device_map`."""
+    import torch
+
+    try:
+        parsed = json.loads(device_map) if device_map.startswith("{") else device_map
+    except ValueError:
+        return device_map  # refused in its place
+    places = parsed.values() if isinstance(parsed, dict) else [parsed]
+    spread = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = {
+        "cuda" if isinstance(place, int) else spread if place in _SPREAD else place.split(":")[0]
+        for place in places
+    }
+    return kinds.pop() if len(kinds) == 1 else device_map
+
+
+def _is_quantized(folder: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # refused when it is loaded
+
+
+def _load(
+    folder: Path, dtype: str, device_map: str, preset: str, attention: str | None
+) -> Gemma2Engine:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -126,6 +169,7 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> G
     from .engine import Gemma2Engine
 
     places = _parsed(device_map)
+    in_int8 = preset == "memory" and device_kind(device_map) == "cpu"
     unread = (SafetensorError, StrictDataclassError)
     try:
         if attention is not None:
@@ -138,8 +182,12 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> G
             folder,
             trust_remote_code=False,
             output_loading_info=True,
-            dtype=getattr(torch, dtype),
+            # Shrunk weights come from mapped ones, which take no memory of their own.
+            dtype="auto" if in_int8 else getattr(torch, dtype),
             device_map=places,
+            quantization_config=_bitsandbytes(dtype)
+            if preset == "memory" and not in_int8
+            else None,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
@@ -156,7 +204,29 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> G
             f"{str(folder)!r} lacks {len(absent)} weights that transformers would make up, such "
             f"as {absent[0]!r}: copy the whole checkpoint there"
         )
+    if in_int8:
+        from .products import shrink
+
+        shrink(model, getattr(torch, dtype))
+    elif preset == "speed":
+        from .products import hasten
+
+        hasten(model)
     return Gemma2Engine(model, tokenizer, name=str(folder))
+
+
+def _bitsandbytes(dtype: str) -> Any:
+    """What takes the least memory by transformers' documentation: NF4, its scales in 8 bits."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    config: Any = BitsAndBytesConfig
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def _parsed(device_map: str) -> Any:
