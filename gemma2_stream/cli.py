@@ -60,7 +60,7 @@ _UNSET = {"max_new_tokens": "all that the context holds"} | dict.fromkeys(
     ("seed", "stop", "timeout"), "none"
 )
 _HUB = ("model", "revision", "source", "cache_dir")
-_LOADING = (*_HUB, "dtype", "device_map")
+_LOADING = (*_HUB, "dtype", "device_map", "preset")
 _SAMPLING = (
     "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
     "stop", "timeout",
@@ -217,6 +217,7 @@ def _add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     group.add_argument("--dtype", metavar="DTYPE", help="auto, bfloat16, float32 or float16")
     group.add_argument("--device-map", metavar="MAP", help="where to load it: auto, cpu, cuda:0")
+    group.add_argument("--preset", metavar="PRESET", help="auto, exact, speed or memory")
     return group
 
 
@@ -328,7 +329,8 @@ def _facts(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
 
     from . import hub
     from .llm import Gemma2LLM
-    from .loading import pick_device_map, pick_dtype
+    from .loading import device_kind, pick_device_map, pick_dtype, pick_preset
+    from .presets import bytes_each
 
     llm = Gemma2LLM(**_given(args, *_LOADING, *_SAMPLING))
     device_map = llm.device_map or pick_device_map()
@@ -338,10 +340,12 @@ def _facts(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
     yield "model", llm.model
     folder = hub.resolve(local_files_only=True, **_given(args, *_HUB))
     yield "checkpoint", folder.absolute()
+    choice = pick_preset(llm.preset, folder, dtype, device_map)
+    yield "preset", f"{choice.preset} ({choice.reason})"
     with _without_weights(folder) as engine:
         count = engine.model.num_parameters()
-        size = count * (4 if dtype == "float32" else 2) / 1e9
-        yield "parameters", f"{count:,} ({size:.2f} GB in {dtype})"
+        each = bytes_each(choice, device=device_kind(device_map), dtype=dtype)
+        yield "parameters", f"{count:,} ({count * each / 1e9:.2f} GB in memory)"
         yield "attention", engine.model.config._attn_implementation
         yield "context_length", engine.context_length
         asked = Gemma2LLM(engine=engine, **_given(args, *_SAMPLING))

@@ -1,4 +1,4 @@
-"""A folder to a running engine: device, dtype, attention, and one copy of the weights a process.
+"""A folder to a running engine: device, dtype, attention, preset, and one copy of the weights.
 
 Knows transformers and torch, inside functions: importing this module loads neither.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .errors import CheckpointError, ParameterError
+from .presets import PRESETS, Choice, choose
 from .types import ENGINE_OPTIONS, check_options
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ ATTENTIONS = (
     "flash_attention_3",
     "flex_attention",
 )
-PRESETS = ("exact",)
-_PLACES = {"auto", "balanced", "balanced_low_0", "sequential", "disk"}  # accelerate's own
+_SPREAD = {"auto", "balanced", "balanced_low_0", "sequential"}  # accelerate's own
+_PLACES = _SPREAD | {"disk"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +73,19 @@ def _among(name: str, value: str | None, known: tuple[str, ...]) -> None:
         raise ParameterError(f"{name}={value!r} is not one of {', '.join(map(repr, known))}")
 
 
-_Weights = tuple[Path, str, str, str | None]
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """What is loaded, and how."""
+
+    folder: Path
+    dtype: str
+    device_map: str
+    preset: str
+    attention: str | None
+
 
 _by_spec: dict[tuple[LoadSpec, str], Gemma2Engine] = {}
-_by_weights: dict[tuple[object, ...], Gemma2Engine] = {}
+_by_weights: dict[tuple[_Weights, tuple[object, ...]], Gemma2Engine] = {}
 _lock = threading.Lock()
 
 
@@ -85,11 +95,12 @@ def shared_engine(
     """The process's engine for `spec`, loaded the first time that it is asked for, and downloaded
     before with `token` and `max_retries` (see `hub.resolve`).
 
-    Two specs that come to the same folder, dtype, device, attention, assistant and options share
-    one; when only assistant or options differ, they share the weights. A closed engine is loaded
-    anew.
+    Two specs that come to the same folder, dtype, device, attention, preset, assistant and options
+    share one; when only assistant or options differ, they share the weights. A closed engine is
+    loaded anew.
 
-    Raises ModelNotFoundError, ModelAccessError, DownloadError, CheckpointError or ParameterError.
+    Raises ModelNotFoundError, ModelAccessError, DownloadError, CheckpointError, or ParameterError
+    for what is not to be had.
     """
     # A relative folder is another one in another directory.
     asked = (spec, os.getcwd())
@@ -114,14 +125,17 @@ def shared_engine(
     with _lock:
         device_map = spec.device_map or pick_device_map()
         dtype = pick_dtype(spec.dtype, device_map)
-        weights = (folder, dtype, device_map, spec.attn_implementation)
-        ways = (helper, *spec.options.values())
-        engine = _by_weights.get(weights + ways)
+        weights = _weights(spec, folder, dtype, device_map)
+        # A map names one model's own modules.
+        place = pick_device_map() if device_map.startswith("{") else device_map
+        guide = None if helper is None else _weights(spec, helper, dtype, place)
+        ways = (guide, *spec.options.values())
+        engine = _by_weights.get((weights, ways))
         if engine is None or engine.closed:
-            engine = _made(weights, helper, spec.options)
+            engine = _made(weights, guide, spec.options)
             # Also under the attention that it was left to choose.
             for attention in (spec.attn_implementation, engine.attn_implementation):
-                _by_weights[(*weights[:3], attention, *ways)] = engine
+                _by_weights[replace(weights, attention=attention), ways] = engine
         _by_spec[asked] = engine
     return engine
 
@@ -151,25 +165,30 @@ def pick_dtype(dtype: str | None, device_map: str) -> str:
     return "bfloat16" if native else "float32"
 
 
-def _made(weights: _Weights, helper: Path | None, options: dict[str, int | None]) -> Gemma2Engine:
+def _weights(spec: LoadSpec, folder: Path, dtype: str, device_map: str) -> _Weights:
+    preset = pick_preset(spec.preset, folder, dtype, device_map).preset
+    return _Weights(folder, dtype, device_map, preset, spec.attn_implementation)
+
+
+def _made(
+    weights: _Weights, guide: _Weights | None, options: dict[str, int | None]
+) -> Gemma2Engine:
     from .engine import Gemma2Engine
 
     model, tokenizer = _loaded(weights)
     assistant = None
-    if helper is not None:
-        _, dtype, device_map, attention = weights
-        # A map names one model's own modules.
-        place = pick_device_map() if device_map.startswith("{") else device_map
-        assistant, own = _loaded((helper, dtype, place, attention))
+    if guide is not None:
+        assistant, own = _loaded(guide)
         if own.get_vocab() != tokenizer.get_vocab():
             raise ParameterError(
-                f"assistant_model={str(helper)!r} has another vocabulary than {str(weights[0])!r}: "
-                "give a smaller model of the same family, such as google/gemma-2-2b-it"
+                f"assistant_model={str(guide.folder)!r} has another vocabulary than "
+                f"{str(weights.folder)!r}: give a smaller model of the same family, such as "
+                "google/gemma-2-2b-it"
             )
     return Gemma2Engine(
         model,
         tokenizer,
-        name=str(weights[0]),
+        name=str(weights.folder),
         assistant=assistant,
         **options,
     )
@@ -177,13 +196,51 @@ def _made(weights: _Weights, helper: Path | None, options: dict[str, int | None]
 
 def _loaded(weights: _Weights) -> tuple[Any, Any]:
     """The model and the tokenizer, an engine's that has these weights already if there is one."""
-    for known, engine in _by_weights.items():
-        if known[: len(weights)] == weights and not engine.closed:
+    for (known, _), engine in _by_weights.items():
+        if known == weights and not engine.closed:
             return engine.model, engine.tokenizer
-    return _load(*weights)
+    return _load(weights)
 
 
-def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> tuple[Any, Any]:
+def pick_preset(preset: str | None, folder: Path, dtype: str, device_map: str) -> Choice:
+    """What `preset` comes to for the checkpoint in `folder`; reads no weights.
+
+    Raises ParameterError for what cannot be had.
+    """
+    return choose(
+        preset,
+        device=device_kind(device_map),
+        dtype=dtype,
+        size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        quantized=_is_quantized(folder),
+    )
+
+
+def device_kind(device_map: str) -> str:
+    """ "cpu", "cuda", "mps" or the like where all weights are on one kind, else `device_map`."""
+    import torch
+
+    try:
+        parsed = json.loads(device_map) if device_map.startswith("{") else device_map
+    except ValueError:
+        return device_map  # refused in its place
+    places = parsed.values() if isinstance(parsed, dict) else [parsed]
+    spread = "cuda" if torch.cuda.is_available() else "cpu"
+    kinds = {
+        "cuda" if isinstance(place, int) else spread if place in _SPREAD else place.split(":")[0]
+        for place in places
+    }
+    return kinds.pop() if len(kinds) == 1 else device_map
+
+
+def _is_quantized(folder: Path) -> bool:
+    try:
+        return "quantization_config" in json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False  # refused when it is loaded
+
+
+def _load(weights: _Weights) -> tuple[Any, Any]:
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -191,7 +248,10 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> t
 
     from .attention import register_grouped
 
+    folder, dtype, device_map = weights.folder, weights.dtype, weights.device_map
+    preset, attention = weights.preset, weights.attention
     places = _parsed(device_map)
+    in_int8 = preset == "memory" and device_kind(device_map) == "cpu"
     unread = (SafetensorError, StrictDataclassError)
     try:
         if attention is not None:
@@ -204,8 +264,12 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> t
             folder,
             trust_remote_code=False,
             output_loading_info=True,
-            dtype=getattr(torch, dtype),
+            # Shrunk weights come from mapped ones, which take no memory of their own.
+            dtype="auto" if in_int8 else getattr(torch, dtype),
             device_map=places,
+            quantization_config=_bitsandbytes(dtype)
+            if preset == "memory" and not in_int8
+            else None,
             attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
@@ -222,11 +286,33 @@ def _load(folder: Path, dtype: str, device_map: str, attention: str | None) -> t
             f"{str(folder)!r} lacks {len(absent)} weights that transformers would make up, such "
             f"as {absent[0]!r}: copy the whole checkpoint there"
         )
+    if in_int8:
+        from .products import shrink
+
+        shrink(model, getattr(torch, dtype))
+    elif preset == "speed":
+        from .products import hasten
+
+        hasten(model)
     if attention is None and model.config.model_type == "gemma2":
         # transformers would take eager, of which this is the same without its copies.
         register_grouped()
         model.set_attn_implementation("grouped")
     return model, tokenizer
+
+
+def _bitsandbytes(dtype: str) -> Any:
+    """What takes the least memory by transformers' documentation: NF4, its scales in 8 bits."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    config: Any = BitsAndBytesConfig
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def _parsed(device_map: str) -> Any:

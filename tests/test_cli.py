@@ -220,6 +220,7 @@ def test_the_words_of_commands_can_be_asked(run: Run, endless: Path, word: str) 
         (["--top-q", "1", "hello"], 2, "--top-q"),
         (["--temperature", "-1", "hello"], 2, "temperature=-1.0"),
         (["--dtype", "int3", "hello"], 2, "bfloat16"),
+        (["--preset", "fast", "hello"], 2, "memory"),
         (["two", "words"], 2, "words"),
         (["download"], 2, "MODEL"),
         (["--model", "./no-such-folder", "hello"], 1, "./no-such-folder"),
@@ -378,6 +379,21 @@ def test_info_says_what_the_engine_says(run: Run) -> None:
     assert facts["attention"] == llm.engine.model.config._attn_implementation
     assert facts["dtype"] == str(llm.engine.model.dtype).removeprefix("torch.")
     assert facts["temperature"] == str(llm.sampling_params.temperature)
+
+
+@pytest.mark.parametrize(
+    ("preset", "chosen", "memory"),
+    [("speed", "speed", 2), ("memory", "memory", 1), ("auto", "exact", 2)],
+)
+def test_info_tells_the_preset_and_why(
+    run: Run, endless: Path, preset: str, chosen: str, memory: int
+) -> None:
+    place = ("--dtype", "bfloat16", "--device-map", "cpu")
+    result = run("info", "--model", endless, "--preset", preset, *place)
+    facts = dict(line.split(maxsplit=1) for line in result.out.splitlines())
+    assert facts["preset"].startswith(f"{chosen} (")
+    count = int(facts["parameters"].split()[0].replace(",", ""))
+    assert f"({memory * count / 1e9:.2f} GB" in facts["parameters"]
 
 
 def test_info_on_a_model_that_is_not_here(run: Run, tmp_path: Path) -> None:

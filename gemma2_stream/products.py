@@ -1,0 +1,116 @@
+"""Matrix products that read less, or read faster, than `nn.Linear` does on a CPU.
+
+`hasten` and `shrink` change the class of a model's own modules, so that names, ties and
+`get_input_embeddings().weight` stay. Knows torch, and nothing of who decides what is wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+# `_weight_int8pack_mm` gains up to here, and loses beyond: measured on Gemma-2-2b's shapes.
+FEW = 8
+
+# Rows of weights that are widened at once: few enough for the cache of a core, many enough for
+# the product to be worth its threads.
+BLOCK = 4096
+
+# `_weight_int8pack_mm` reads beyond rows that are no multiple of 16, and crashes.
+MULTIPLE = 32
+
+
+def hasten(model: nn.Module) -> None:
+    """Let single tokens go through `torch.mv`, which reads at the speed of memory.
+
+    `F.linear` prepares bfloat16 for the processor's matrix units, which a single row does not pay
+    for. More rows stay with it, and so does a product with a bias.
+    """
+    for module in model.modules():
+        if _is_plain(module):
+            module.__class__ = RowLinear
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module._parameters["bias"] is None
+
+
+class RowLinear(nn.Linear):
+    """`nn.Linear` without bias; x of shape (..., 1, in) takes the matrix-vector product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() != self.in_features:
+            return functional.linear(x, self.weight)
+        return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
+
+
+def shrink(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the weights of products and embeddings as int8, with a scale for each row, and compute
+    in `dtype`.
+
+    One weight after the other, so that no more than one is there twice; tied ones stay tied.
+    """
+    for modules in list(_by_weight(model)):
+        narrow, scale = _narrowed(modules[0].weight.data, dtype)
+        shared = nn.Parameter(narrow, requires_grad=False)
+        for module in modules:
+            module.weight = shared
+            module.register_buffer("scale", scale, persistent=False)
+            module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
+    model.to(dtype)
+
+
+def _by_weight(model: nn.Module) -> Iterator[list[Any]]:
+    """Modules that can be shrunk, together where they share a weight."""
+    found: dict[int, list[Any]] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or _is_plain(module):
+            weight: Any = module.weight
+            if weight.shape[1] % MULTIPLE == 0:
+                found.setdefault(id(weight), []).append(module)
+    yield from found.values()
+
+
+def _narrowed(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` (out, in) as int8 of the same shape, and the scales (out,) in `dtype`."""
+    narrow = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(len(weight), dtype=dtype)
+    for start in range(0, len(weight), 256):  # in a core's cache
+        rows = slice(start, start + 256)
+        wide = weight[rows].float()
+        scale[rows] = wide.abs().amax(1) / 127
+        # By the scale as it was rounded, so that its rounding costs nothing.
+        steps = scale[rows, None].float()
+        narrow[rows] = (wide / steps).round_().clamp_(-127, 127).nan_to_num_()  # 0 / 0 is 0 here
+    return narrow, scale
+
+
+class Int8Linear(nn.Linear):
+    """`nn.Linear` without bias over int8 rows, each with its scale; computes in x's dtype."""
+
+    scale: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= FEW:
+            product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
+        else:
+            blocks = torch.split(self.weight, BLOCK)
+            parts = [functional.linear(rows, block.to(x.dtype)) for block in blocks]
+            product = torch.cat(parts, -1).mul_(self.scale)
+        return product.view(*x.shape[:-1], self.out_features)
+
+
+class Int8Embedding(nn.Embedding):
+    """`nn.Embedding` over int8 rows, each with its scale, and what Gemma's multiplies it with."""
+
+    scale: torch.Tensor
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = self.weight[input].to(self.scale.dtype) * self.scale[input, None]
+        factor = getattr(self, "embed_scale", None)
+        return rows if factor is None else rows * factor.to(rows.dtype)

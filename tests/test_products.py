@@ -1,0 +1,157 @@
+"""Products that read less or faster: what they compute, and what of a model stays as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from gemma2_stream.products import BLOCK, FEW, Int8Embedding, Int8Linear, RowLinear, hasten, shrink
+from tests.tiny import random_gemma
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROWS = (1, 2, FEW, FEW + 1, 40)
+
+
+class Calls(TorchFunctionMode):
+    """Notes which of torch's functions are called while it is entered."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def linear(outs: int = 96, ins: int = 64, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    return nn.Linear(ins, outs, bias=False, dtype=dtype)
+
+
+def error(found: torch.Tensor, true: torch.Tensor) -> float:
+    """The largest difference, against the largest value."""
+    return ((found.float() - true.float()).abs().max() / true.float().abs().max()).item()
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (3, 64), (2, 5, 64), (0, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_hastened_product_is_the_same_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Whatever the rows and the shape, which stays."""
+    module, x = linear(dtype=dtype), torch.randn(shape, dtype=dtype)
+    expected = functional.linear(x.float(), module.weight.float())
+    hasten(module)
+    found = module(x)
+    assert found.shape == expected.shape
+    assert found.dtype == dtype
+    if found.numel():
+        assert error(found, expected) < (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+def test_a_hastened_product_takes_any_strides() -> None:
+    module, wide = linear(), torch.randn(1, 1, 128, dtype=torch.bfloat16)
+    hasten(module)
+    assert torch.equal(module(wide[..., ::2]), module(wide[..., ::2].contiguous()))
+
+
+@pytest.mark.parametrize(("rows", "product"), [(1, "mv"), (2, "linear"), (129, "linear")])
+def test_only_a_single_row_leaves_the_usual_product(rows: int, product: str) -> None:
+    """A prompt is read as before."""
+    module = linear()
+    hasten(module)
+    with Calls() as calls:
+        module(torch.randn(1, rows, 64, dtype=torch.bfloat16))
+    assert ("mv" in calls.names, "linear" in calls.names) == (product == "mv", product == "linear")
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shrunk_product_is_that_of_its_int8(rows: int, dtype: torch.dtype) -> None:
+    """By either of its ways, exactly the int8 weights times their scales."""
+    module, x = linear(dtype=dtype), torch.randn(1, rows, 64, dtype=dtype)
+    shrink(module, dtype)
+    assert module.weight.dtype == torch.int8
+    expected = functional.linear(x.float(), module.weight.float() * module.scale[:, None].float())
+    found = module(x)
+    assert (found.dtype, found.shape) == (dtype, expected.shape)
+    assert error(found, expected) < (1e-6 if dtype == torch.float32 else 8e-3)
+
+
+def test_many_rows_go_through_blocks() -> None:
+    """Of which the last is smaller; all come in their order."""
+    module, x = linear(2 * BLOCK + 5, dtype=torch.float32), torch.randn(FEW + 1, 64)
+    true = functional.linear(x, module.weight)
+    shrink(module, torch.float32)
+    assert error(module(x), true) < 0.01
+    assert error(module(x[:1]), true[:1]) < 0.01
+
+
+def test_an_int8_weight_is_within_half_a_step() -> None:
+    """And a row of zeros is zeros."""
+    module = linear(dtype=torch.float32)
+    module.weight[3] = 0
+    true = module.weight.clone()
+    shrink(module, torch.float32)
+    steps = true.abs().amax(1, keepdim=True) / 127
+    off = (module.weight.float() * module.scale[:, None] - true).abs()
+    assert (off <= steps * 0.5001).all()
+    assert not module.weight[3].any()
+    assert torch.isfinite(module(torch.randn(1, 64))).all()
+
+
+@pytest.mark.parametrize("width", [8, 33, 72])
+def test_a_width_that_torch_cannot_pack_stays(width: int) -> None:
+    """It would read beyond the weights."""
+    module = linear(ins=width)
+    shrink(module, torch.bfloat16)
+    assert type(module) is nn.Linear
+    assert module.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change", [hasten, lambda m: shrink(m, torch.bfloat16)])
+def test_a_product_with_a_bias_stays(change: Any) -> None:
+    module = nn.Linear(64, 96, dtype=torch.bfloat16)
+    change(module)
+    assert type(module) is nn.Linear
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_shrunk_gemma_answers_nearly_as_before(dtype: torch.dtype, tied: bool) -> None:
+    """Through its embedding with its factor, all products, and the head; one token or many."""
+    model = random_gemma(vocab=320).to(dtype)
+    if tied:
+        model.lm_head.weight = model.get_input_embeddings().weight
+    names = dict(model.named_parameters()).keys()
+    ids = torch.randint(320, (1, 20))
+    true = [model(ids).logits, model(ids[:, :1]).logits]
+    shrink(model, dtype)
+    assert dict(model.named_parameters()).keys() == names
+    assert isinstance(model.lm_head, Int8Linear)
+    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert model.dtype == dtype
+    assert all(p.dtype == torch.int8 for p in model.parameters() if p.dim() > 1)
+    for found, expected in zip([model(ids).logits, model(ids[:, :1]).logits], true, strict=True):
+        likeness = functional.cosine_similarity(found.float(), expected.float(), dim=-1)
+        assert likeness.min() > 0.99
+
+
+def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
+    model = random_gemma(vocab=320).bfloat16()
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = {name: id(weight) for name, weight in model.named_parameters()}
+    hasten(model)
+    assert {name: id(weight) for name, weight in model.named_parameters()} == before
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert sum(type(module) is RowLinear for module in model.modules()) == 4 * 7 + 1
