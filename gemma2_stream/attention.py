@@ -55,3 +55,10 @@ def register_grouped() -> None:
     """Make `attn_implementation="grouped"` known to transformers."""
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", eager_mask)
+
+
+def prefer_grouped(model: Any) -> None:
+    """For Gemma 2, take this where transformers has taken eager because nobody said."""
+    if model.config.model_type == "gemma2":
+        register_grouped()
+        model.set_attn_implementation("grouped")

@@ -369,6 +369,7 @@ def _without_weights(folder: Path) -> Gemma2Engine:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    from .attention import prefer_grouped
     from .engine import Gemma2Engine
     from .errors import CheckpointError
 
@@ -377,6 +378,7 @@ def _without_weights(folder: Path) -> Gemma2Engine:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        prefer_grouped(model)
         if (folder / "generation_config.json").exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:

@@ -246,7 +246,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .attention import register_grouped
+    from .attention import prefer_grouped
 
     folder, dtype, device_map = weights.folder, weights.dtype, weights.device_map
     preset, attention = weights.preset, weights.attention
@@ -294,10 +294,8 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
         from .products import hasten
 
         hasten(model)
-    if attention is None and model.config.model_type == "gemma2":
-        # transformers would take eager, of which this is the same without its copies.
-        register_grouped()
-        model.set_attn_implementation("grouped")
+    if attention is None:
+        prefer_grouped(model)
     return model, tokenizer
 
 

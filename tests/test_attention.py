@@ -1,0 +1,119 @@
+"""Grouped attention is eager attention, without a copy of keys and values for every head."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import DEMO, random_gemma
+
+from gemma2_stream import Gemma2Engine, Gemma2LLM, ParameterError
+from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.batch import _CACHE_NAME
+from gemma2_stream.kv import KVCache
+
+
+def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torch.Tensor:
+    """Of all columns, fed in `chunks` through a cache of ours."""
+    cache, parts, start = KVCache(), [], 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for size in chunks:
+        end = start + size
+        with torch.no_grad():
+            parts.append(
+                model(
+                    input_ids=ids[:, start:end],
+                    attention_mask=mask[:, :end],
+                    position_ids=positions[:, start:end],
+                    use_cache=True,
+                    **{_CACHE_NAME: cache},
+                ).logits
+            )
+        start = end
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_it_computes_what_eager_computes(dtype: torch.dtype, rows: int) -> None:
+    """Padded or not, in chunks and token by token, below and beyond the sliding window of 64."""
+    eager = random_gemma(vocab=500).to(dtype)
+    for layer in eager.model.layers:
+        layer.self_attn.attn_logit_softcapping = 1.0  # these weights come nowhere near 50
+    grouped = copy.deepcopy(eager)
+    prefer_grouped(grouped)
+    assert grouped.config._attn_implementation == "grouped"
+    ids = torch.randint(3, 500, (rows, 150), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 30 * row] = 0
+    chunks = [100, 40, *[1] * 10]
+    ours, theirs = (logits(model, ids, mask, chunks)[mask == 1] for model in (grouped, eager))
+    assert torch.allclose(ours, theirs, atol=1e-4 if dtype == torch.float32 else 0.2)
+
+    capped = copy.deepcopy(grouped)
+    for layer in capped.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(logits(capped, ids, mask, chunks)[mask == 1], theirs, atol=0.2)
+
+
+def test_gemma_2_takes_it_unless_told_otherwise() -> None:
+    assert Gemma2LLM("demo").engine.attn_implementation == "grouped"
+    eager = Gemma2LLM("demo", attn_implementation="eager")
+    assert eager.engine.attn_implementation == "eager"
+    assert eager.invoke("你是谁") == Gemma2LLM("demo").invoke("你是谁")
+    asked = Gemma2LLM("demo", attn_implementation="grouped").engine
+    assert asked is Gemma2LLM("demo").engine
+
+
+def test_another_model_is_refused_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=1200, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(DEMO, local_files_only=True).save_pretrained(tmp_path)
+    with pytest.raises(ParameterError, match="attn_implementation='grouped'"):
+        _ = Gemma2LLM(tmp_path, attn_implementation="grouped").engine
+
+
+# The engine's options --------------------------------------------------------------------------
+
+
+def test_options_of_the_engine_share_the_weights() -> None:
+    """Two models that serve differently are two engines, and one copy of the weights."""
+    plain = Gemma2LLM("demo").engine
+    assert isinstance(plain, Gemma2Engine)
+    other = Gemma2LLM("demo", prefix_cache_bytes=0, max_rows=2).engine
+    assert isinstance(other, Gemma2Engine)
+    assert other is not plain
+    assert other.model is plain.model
+    assert other.prefixes.limit == 0 < plain.prefixes.limit
+    assert Gemma2LLM("demo", max_rows=2, prefix_cache_bytes=0).engine is other
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_rows", 0),
+        ("max_waiting", 1.5),
+        ("max_cached_tokens", -1),
+        ("prefix_cache_bytes", "1 GB"),
+        ("prompt_lookup_num_tokens", True),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_when_it_is_set(name: str, value: Any) -> None:
+    with pytest.raises(ParameterError, match=f"{name}={value!r} is not a whole number"):
+        Gemma2LLM("demo", **{name: value})
+
+
+def test_an_option_does_not_decide_what_is_said() -> None:
+    """So LangChain's cache knows one answer for both."""
+    one, other = Gemma2LLM("demo"), Gemma2LLM("demo", max_rows=2, prompt_lookup_num_tokens=4)
+    assert one._llm_type == other._llm_type
+    assert one._identifying_params == other._identifying_params
