@@ -201,16 +201,7 @@ class Gemma2Engine:
                     f"{self!r} was made before a fork, and threads do not survive one: make it in "
                     "the child, or start processes with multiprocessing's 'spawn'"
                 )
-            waiting = sum(channel.waiting for channel in self._channels)
-            for channel in channels:
-                if self.max_waiting is not None and waiting >= self.max_waiting:
-                    channel.fail(
-                        EngineBusyError(
-                            f"{waiting:,} requests wait for {self.name!r} already, and "
-                            f"max_waiting={self.max_waiting:,} admits no more: try again later"
-                        )
-                    )
-                waiting += channel.waiting
+            self._refuse_beyond_the_queue(channels)
             channels = [channel for channel in channels if channel.error is None]
             if self._worker is None:
                 self._worker = threading.Thread(
@@ -219,6 +210,23 @@ class Gemma2Engine:
                 self._worker.start()
             self._channels.update(channels)
             self._jobs.put((self, channels))
+
+    def _refuse_beyond_the_queue(self, channels: Sequence[Channel]) -> None:
+        """Fail those of `channels` that find `max_waiting` requests for which no row is free."""
+        if self.max_waiting is None:
+            return
+        decoding = sum(len(c.requests) for c in self._channels if c.started)
+        waiting = sum(c.waiting for c in self._channels)
+        waiting -= max(0, self._limits.max_rows - decoding)
+        for channel in channels:
+            if waiting >= self.max_waiting:
+                channel.fail(
+                    EngineBusyError(
+                        f"{waiting:,} requests wait for {self.name!r} already, and "
+                        f"max_waiting={self.max_waiting:,} admits no more: try again later"
+                    )
+                )
+            waiting += channel.waiting
 
     def join(self) -> None:
         """Wait until everything submitted so far is over and its memory is free."""

@@ -30,7 +30,8 @@ _FLOW = (StopIteration, StopAsyncIteration, GeneratorExit, asyncio.CancelledErro
 class Channel:
     """The worker's end: where chunks go, and the flag that says nobody wants more.
 
-    `finished` is set when the worker has let go of everything that the requests needed.
+    `started` says that the worker has claimed it; `finished` is set when the worker has let go of
+    everything that the requests needed.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
@@ -38,7 +39,7 @@ class Channel:
         self.cancelled = False
         self.error: BaseException | None = None
         self.finished = threading.Event()
-        self._started = False
+        self.started = False
         # Reentrant: a garbage collection inside `start` may run the finalizer that calls `cancel`.
         self._lock = threading.RLock()
         self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
@@ -47,14 +48,14 @@ class Channel:
     def start(self) -> bool:
         """Claim this channel for the worker, once or more; False when it was cancelled before."""
         with self._lock:
-            self._started = self._started or not self.cancelled
-            return self._started
+            self.started = self.started or not self.cancelled
+            return self.started
 
     def cancel(self) -> None:
         """Ask the worker to stop. From any thread, any number of times, never blocks for long."""
         with self._lock:
             self.cancelled, first = True, not self.cancelled
-            if first and not self._started:
+            if first and not self.started:
                 # No worker will say it: the requests never left the queue.
                 for index, request in enumerate(self.requests):
                     self.put(Chunk(index, "", "cancelled", usage=Usage(len(request.prompt_ids), 0)))
@@ -80,7 +81,7 @@ class Channel:
     @property
     def waiting(self) -> int:
         """How many requests wait for the worker: all of them or none."""
-        return 0 if self._started or self.cancelled else len(self.requests)
+        return 0 if self.started or self.cancelled else len(self.requests)
 
     def unread(self) -> int:
         """How many items the reader has not taken yet."""

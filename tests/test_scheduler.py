@@ -255,6 +255,17 @@ def test_a_full_queue_refuses_by_name(
         assert text(stream) == reference(engine, prompt, 2)
 
 
+def test_a_batch_may_fill_the_rows_and_the_queue(make: Callable[..., Gemma2Engine]) -> None:
+    """Rows that are free take what would wait otherwise, though all come at once."""
+    engine = make(max_rows=3, max_waiting=2)
+    streams = engine.submit_each([request(engine, p, max_new_tokens=2) for p in "abcdefg"])
+    for prompt, stream in zip("abcde", streams[:5], strict=True):
+        assert text(stream) == reference(engine, prompt, 2)
+    for stream in streams[5:]:
+        with pytest.raises(EngineBusyError, match="2 requests wait"):
+            text(stream)
+
+
 def test_the_cache_is_held_to_its_tokens(
     make: Callable[..., Gemma2Engine], forwards: Callable[[Gemma2Engine], Forwards]
 ) -> None:
