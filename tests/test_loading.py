@@ -28,7 +28,15 @@ from gemma2_stream import (
     Request,
     SamplingParams,
 )
-from gemma2_stream.loading import ATTENTIONS, DTYPES, PRESETS, LoadSpec, device_kind, shared_engine
+from gemma2_stream.loading import (
+    ATTENTIONS,
+    DTYPES,
+    PRESETS,
+    LoadSpec,
+    bitsandbytes_config,
+    device_kind,
+    shared_engine,
+)
 from tests.conftest import DEMO, random_gemma
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -249,6 +257,16 @@ def test_quantized_weights_are_not_quantized_again(folder: Path) -> None:
     edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ParameterError, match="preset='memory'"):
         shared_engine(LoadSpec(model=str(folder), preset="memory"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bitsandbytes_is_asked_for_four_bits(dtype: str) -> None:
+    """By transformers' documented interface; that it runs needs a GPU."""
+    config = bitsandbytes_config(dtype)
+    assert config.load_in_4bit
+    assert config.bnb_4bit_quant_type == "nf4"
+    assert config.bnb_4bit_use_double_quant
+    assert config.bnb_4bit_compute_dtype is getattr(torch, dtype)
 
 
 @pytest.mark.parametrize(
