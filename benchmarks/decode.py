@@ -25,7 +25,9 @@ How:
     quality  On the texts of streaming.py, whole, and in the prefill's way of computing.
 
 For llama.cpp, `pip install llama-cpp-python` in an environment of its own, which compiles for a
-quarter of an hour. The `gguf` package writes its files.
+quarter of an hour. The `gguf` package writes its files. On processors with AMX, compile with GCC 13
+or newer: what GCC 12 makes of version 0.3.36 crashes in the first AMX product of Q8_0, and then
+`--llama-plain` lets it run without them, and faster ones may be possible.
 
 Prints Markdown; progress goes to stderr; the last line is JSON with every figure.
 """
@@ -253,6 +255,7 @@ def commands(
     worker = str(Path(__file__).with_name("llama_worker.py"))
     for name, file in files.items():
         command = [options.llama_python, worker, str(file), threads, tokens]
+        command += ["plain"] * options.llama_plain
         yield f"llama.cpp {name}", command
 
 
@@ -392,6 +395,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="that each request makes")
     parser.add_argument("--threads", type=int, help="of torch and of llama.cpp")
     parser.add_argument("--llama-python", metavar="PATH", help="that has llama-cpp-python")
+    parser.add_argument("--llama-plain", action="store_true", help="without its AMX products")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """llama.cpp as an arm of decode.py: a line of prompt ids comes in, a line of times goes out.
 
-    PYTHON benchmarks/llama_worker.py FILE.gguf THREADS TOKENS
+    PYTHON benchmarks/llama_worker.py FILE.gguf THREADS TOKENS [plain]
 
 Run by an interpreter that has llama-cpp-python, and nothing of this project. Ids go in and out, so
 the file needs no tokenizer; greedy, like the others, and what ends a turn ends nothing.
@@ -21,7 +21,9 @@ def main() -> None:
     path, threads, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     began = time.perf_counter()
     llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+    loading = llama.llama_model_default_params()
+    loading.use_extra_bufts = "plain" not in sys.argv[4:]
+    model = llama.llama_model_load_from_file(path.encode(), loading)
     params = llama.llama_context_default_params()
     params.n_ctx, params.n_batch, params.n_ubatch = 1024, 512, 512
     params.n_threads = params.n_threads_batch = threads

@@ -267,7 +267,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
             # Shrunk weights come from mapped ones, which take no memory of their own.
             dtype="auto" if in_int8 else getattr(torch, dtype),
             device_map=places,
-            quantization_config=_bitsandbytes(dtype)
+            quantization_config=bitsandbytes_config(dtype)
             if preset == "memory" and not in_int8
             else None,
             attn_implementation=attention,
@@ -299,7 +299,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _bitsandbytes(dtype: str) -> Any:
+def bitsandbytes_config(dtype: str) -> Any:
     """What takes the least memory by transformers' documentation: NF4, its scales in 8 bits."""
     import torch
     from transformers import BitsAndBytesConfig

@@ -61,6 +61,9 @@ def shrink(model: nn.Module, dtype: torch.dtype) -> None:
             module.weight = shared
             module.register_buffer("scale", scale, persistent=False)
             module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
+    for weight in model.parameters():
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype, copy=True)  # or the whole file stays mapped
     model.to(dtype)
 
 
@@ -79,13 +82,13 @@ def _narrowed(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     """`weight` (out, in) as int8 of the same shape, and the scales (out,) in `dtype`."""
     narrow = torch.empty_like(weight, dtype=torch.int8)
     scale = torch.empty(len(weight), dtype=dtype)
-    for start in range(0, len(weight), 256):  # in a core's cache
-        rows = slice(start, start + 256)
-        wide = weight[rows].float()
+    for start in range(0, len(weight), 512):  # what is wide stays small
+        rows = slice(start, start + 512)
+        wide = weight[rows].to(torch.float32, copy=True)
         scale[rows] = wide.abs().amax(1) / 127
-        # By the scale as it was rounded, so that its rounding costs nothing.
+        # By the scale as it was rounded, so that its rounding costs nothing; a row of zeros by 1.
         steps = scale[rows, None].float()
-        narrow[rows] = (wide / steps).round_().clamp_(-127, 127).nan_to_num_()  # 0 / 0 is 0 here
+        narrow[rows] = wide.div_(steps.masked_fill(steps == 0, 1)).round_()
     return narrow, scale
 
 

@@ -87,6 +87,16 @@ def test_a_shrunk_product_is_that_of_its_int8(rows: int, dtype: torch.dtype) -> 
     assert error(found, expected) < (1e-6 if dtype == torch.float32 else 8e-3)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_few_rows_read_int8_and_many_are_widened(rows: int) -> None:
+    module = linear()
+    shrink(module, torch.bfloat16)
+    with Calls() as calls:
+        module(torch.randn(1, rows, 64, dtype=torch.bfloat16))
+    packed = "_weight_int8pack_mm" in calls.names
+    assert (packed, "linear" in calls.names) == (rows <= FEW, rows > FEW)
+
+
 def test_many_rows_go_through_blocks() -> None:
     """Of which the last is smaller; all come in their order."""
     module, x = linear(2 * BLOCK + 5, dtype=torch.float32), torch.randn(FEW + 1, 64)
