@@ -18,7 +18,11 @@ from gemma2_stream.formats import FORMAT_NAMES
 
 ROOT = Path(gemma2_stream.__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
-PAIRS = (READMES, ("docs/chat.md", "docs/chat.zh-CN.md"))  # English, Chinese
+PAIRS = (
+    READMES,
+    ("docs/chat.md", "docs/chat.zh-CN.md"),
+    ("docs/speed.md", "docs/speed.zh-CN.md"),
+)  # English, Chinese
 DOCUMENTS = [document for pair in PAIRS for document in pair]
 
 # The one change that is made to the code: every name of the real Gemma 2 becomes "demo".
