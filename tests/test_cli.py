@@ -356,7 +356,7 @@ def test_info_tells_what_will_be_used(run: Run, endless: Path) -> None:
     assert facts["device"].startswith("cpu")
     expected = {
         "dtype": "float32",
-        "attention": "eager",
+        "attention": "grouped",
         "context_length": str(CONTEXT),
         "max_new_tokens": "7",
         "temperature": "0.5",

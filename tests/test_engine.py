@@ -46,7 +46,9 @@ def test_the_engine_is_an_engine(engine: Gemma2Engine) -> None:
 def test_a_batch_shares_its_forwards(
     random_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards], path: str
 ) -> None:
-    """At most the longest row's steps and the prefill; never the sum of the rows."""
+    """At most the longest row's steps, the prefill, and that of the one prompt that is far longer
+    than the others; never the sum of the rows.
+    """
     watch = forwards(random_engine)
     llm = Gemma2LLM(engine=random_engine, max_new_tokens=16)
     runnable = RunnableLambda(str) | llm if path.startswith("chain") else llm
@@ -56,7 +58,7 @@ def test_a_batch_shares_its_forwards(
     else:
         texts = runnable.batch(PROMPTS)
 
-    assert watch.count <= 16 + 1
+    assert watch.count <= 16 + 2
     assert texts == [reference(random_engine, prompt, 16) for prompt in PROMPTS]
 
 
