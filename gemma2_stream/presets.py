@@ -48,7 +48,7 @@ def choose(
         return Choice("exact", f"in {dtype} its products are as fast as memory already")
     if asked != "speed" and size < LARGE:
         return Choice("exact", "too small for another way to be faster")
-    return Choice("speed", "a single token's products read bfloat16 at the speed of memory")
+    return Choice("speed", "products read bfloat16 at the speed of memory")
 
 
 def _memory(device: str, quantized: bool) -> Choice:

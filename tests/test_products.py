@@ -10,7 +10,16 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from gemma2_stream.products import BLOCK, FEW, Int8Embedding, Int8Linear, RowLinear, hasten, shrink
+from gemma2_stream.products import (
+    BLOCK,
+    FEW,
+    ArrangedLinear,
+    Int8Embedding,
+    Int8Linear,
+    RowLinear,
+    hasten,
+    shrink,
+)
 from tests.tiny import random_gemma
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -65,13 +74,25 @@ def test_a_hastened_product_takes_any_strides() -> None:
 
 
 @pytest.mark.parametrize(("rows", "product"), [(1, "mv"), (2, "linear"), (129, "linear")])
-def test_only_a_single_row_leaves_the_usual_product(rows: int, product: str) -> None:
-    """A prompt is read as before."""
-    module = linear()
-    hasten(module)
+def test_of_a_weight_that_is_an_embedding_only_single_rows_are_read_fast(
+    rows: int, product: str
+) -> None:
+    model = nn.ModuleList([linear(), nn.Embedding(96, 64, dtype=torch.bfloat16)])
+    model[1].weight = model[0].weight
+    hasten(model)
     with Calls() as calls:
-        module(torch.randn(1, rows, 64, dtype=torch.bfloat16))
+        model[0](torch.randn(1, rows, 64, dtype=torch.bfloat16))
     assert ("mv" in calls.names, "linear" in calls.names) == (product == "mv", product == "linear")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_arranged_weight_can_be_had_back(dtype: torch.dtype) -> None:
+    module = linear(dtype=dtype)
+    before = module.weight.detach().clone()
+    hasten(module)
+    assert type(module) is ArrangedLinear
+    assert torch.equal(module.weight.to_dense(), before)
+    assert module.weight.dtype == dtype
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -160,8 +181,9 @@ def test_a_shrunk_gemma_answers_nearly_as_before(dtype: torch.dtype, tied: bool)
 def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
     model = random_gemma(vocab=320).bfloat16()
     model.lm_head.weight = model.get_input_embeddings().weight
-    before = {name: id(weight) for name, weight in model.named_parameters()}
+    before = {name: weight.numel() for name, weight in model.named_parameters()}
     hasten(model)
-    assert {name: id(weight) for name, weight in model.named_parameters()} == before
+    assert {name: weight.numel() for name, weight in model.named_parameters()} == before
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert sum(type(module) is RowLinear for module in model.modules()) == 4 * 7 + 1
+    assert type(model.lm_head) is RowLinear
+    assert sum(type(module) is ArrangedLinear for module in model.modules()) == 4 * 7
