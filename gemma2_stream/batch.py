@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    StaticCache,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache
 
 from .kv import KVCache, States, part
 from .sampling import RowLogits
@@ -49,7 +50,7 @@ class Batch:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, cache: DynamicCache, drafters: Sequence[Drafter] = ()
+        self, model: Any, tokenizer: Any, cache: Cache, drafters: Sequence[Drafter] = ()
     ) -> None:
         self.rows: list[Row] = []
         self.pending = 0
@@ -97,9 +98,14 @@ class Batch:
             other.clear()
 
     def clear(self) -> None:
-        """Free the cache, even where a kept exception still refers to it."""
+        """Free the cache, even where a kept exception still refers to it; empty a static one, whose
+        place in memory is what was compiled for.
+        """
         self.rows, self.pending = [], 0
-        self.cache.layers.clear()
+        if isinstance(self.cache, StaticCache):
+            self.cache.reset()  # type: ignore[no-untyped-call]
+        else:
+            self.cache.layers.clear()
 
     def prefill(self) -> None:
         """Feed one chunk, as long as more than one column is pending; makes no token."""
@@ -226,7 +232,7 @@ class Batch:
             remove()
 
 
-def feed(model: Any, cache: DynamicCache, ids: Sequence[int], count: int) -> torch.Tensor:
+def feed(model: Any, cache: Cache, ids: Sequence[int], count: int) -> torch.Tensor:
     """Feed `ids` of a lone row behind what `cache` holds. The logits at the last `count` of them,
     of shape (count, vocabulary), in float32.
     """

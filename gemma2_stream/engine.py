@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, NoReturn, Self
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StaticCache
 
 from .detokenizer import detokenizer_for
 from .errors import (
@@ -38,7 +38,7 @@ from .scheduler import Limits, Scheduler, free_bytes
 from .speculation import Assistant, Drafter, Lookup
 from .stream import Channel, TokenStream
 from .streamer import Row
-from .types import MAX_ROWS, Request, SamplingParams, Turn, check_options
+from .types import MAX_ROWS, Request, SamplingParams, Turn, check_options, check_static
 
 # What of the free memory prefixes may take when nobody says, and the most of it, in bytes.
 _PREFIX_SHARE, _PREFIX_MOST = 0.1, 4 * 2**30
@@ -70,6 +70,10 @@ class Gemma2Engine:
     guessed well: `prompt_lookup_num_tokens`, up to so many at once, from what prompt and answer
     said before, and an `assistant`, a smaller causal LM with the same vocabulary, what that would
     say. With both, it is asked when nothing was said before.
+
+    With a `static_cache`, keys and values have one place of the whole context length, from the
+    first request until `close`, for which `generate` compiles by itself on CUDA. Requests are
+    decoded one after the other, and nothing is kept between them.
     """
 
     def __init__(
@@ -80,20 +84,24 @@ class Gemma2Engine:
         name: str | None = None,
         assistant: Any = None,
         prompt_lookup_num_tokens: int | None = None,
+        static_cache: bool = False,
         max_rows: int | None = None,
         max_waiting: int | None = None,
         max_cached_tokens: int | None = None,
         prefix_cache_bytes: int | None = None,
     ) -> None:
-        check_options(
-            {
-                "max_rows": max_rows,
-                "max_waiting": max_waiting,
-                "max_cached_tokens": max_cached_tokens,
-                "prefix_cache_bytes": prefix_cache_bytes,
-                "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
-            }
-        )
+        options = {
+            "max_rows": max_rows,
+            "max_waiting": max_waiting,
+            "max_cached_tokens": max_cached_tokens,
+            "prefix_cache_bytes": prefix_cache_bytes,
+            "prompt_lookup_num_tokens": prompt_lookup_num_tokens,
+        }
+        check_options(options)
+        if static_cache:
+            check_static(options, None if assistant is None else _path(assistant))
+            _check_places(model)
+            max_rows, prefix_cache_bytes = 1, 0
         if not getattr(tokenizer, "is_fast", False):
             raise ParameterError(
                 f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer: load it with "
@@ -120,7 +128,14 @@ class Gemma2Engine:
             max_cached_tokens = max(free // 2 // each, self.context_length)
         self.max_waiting = max_waiting
         self.prefixes = PrefixCache(prefix_cache_bytes)
-        self._limits = Limits(max_rows or MAX_ROWS, max_cached_tokens, each, can_join(model.config))
+        join = can_join(model.config) and not static_cache
+        self._limits = Limits(max_rows or MAX_ROWS, max_cached_tokens, each, join)
+        # Any other length would be compiled for anew, in the middle of an answer.
+        self._cache = (
+            StaticCache(config=model.config, max_cache_len=self.context_length)
+            if static_cache
+            else None
+        )
         self.assistant = assistant
         self._drafters = _drafters(model, assistant, prompt_lookup_num_tokens)
         self._jobs: _Jobs = queue.SimpleQueue()
@@ -247,7 +262,7 @@ class Gemma2Engine:
             self._jobs.put(None)
         if self._worker is not None and self._worker is not threading.current_thread():
             self._worker.join()
-        self.model = self.assistant = None
+        self.model = self.assistant = self._cache = None
         self._drafters.clear()
         self.prefixes.clear()
 
@@ -306,6 +321,7 @@ class Gemma2Engine:
             self._config,
             self.prefixes,
             self._limits,
+            cache=self._cache,
             drafters=self._drafters,
             arrivals=functools.partial(self._arrivals, [*channels]),
             arrived=lambda: not self._jobs.empty(),
@@ -381,6 +397,16 @@ def _drafters(model: Any, assistant: Any, tokens: int | None) -> list[Drafter]:
                 "speculation must: leave out assistant and prompt_lookup_num_tokens"
             )
     return drafters
+
+
+def _check_places(model: Any) -> None:
+    """Raises ParameterError for weights in places that `generate` compiles nothing for."""
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in places or {"cpu"} < places:
+        raise ParameterError(
+            f"{_path(model)!r} lies in part outside the GPU ({', '.join(sorted(places))}), and "
+            "nothing is compiled then: leave out static_cache, which is preset='speed' on a GPU"
+        )
 
 
 def _path(model: Any) -> object:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import hub
 from .errors import CheckpointError, ParameterError
 from .presets import PRESETS, Choice, choose
-from .types import ENGINE_OPTIONS, check_options
+from .types import ENGINE_OPTIONS, check_options, check_static
 
 if TYPE_CHECKING:
     from .engine import Gemma2Engine
@@ -175,6 +175,9 @@ def _made(
 ) -> Gemma2Engine:
     from .engine import Gemma2Engine
 
+    static_cache = weights.preset == "speed" and device_kind(weights.device_map) == "cuda"
+    if static_cache:
+        check_static(options, None if guide is None else str(guide.folder))
     model, tokenizer = _loaded(weights)
     assistant = None
     if guide is not None:
@@ -190,6 +193,7 @@ def _made(
         tokenizer,
         name=str(weights.folder),
         assistant=assistant,
+        static_cache=static_cache,
         **options,
     )
 
@@ -290,7 +294,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
         from .products import shrink
 
         shrink(model, getattr(torch, dtype))
-    elif preset == "speed":
+    elif preset == "speed" and device_kind(device_map) == "cpu":
         from .products import hasten
 
         hasten(model)

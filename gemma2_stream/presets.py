@@ -38,10 +38,8 @@ def choose(
         return _memory(device, quantized)
     if device != "cpu":
         if asked == "speed":
-            raise ParameterError(
-                f"preset='speed' is for the CPU, and these weights go to {device!r}: leave it out"
-            )
-        return Choice("exact", f"nothing faster is known for {device!r}")
+            return _speed(device, quantized)
+        return Choice("exact", f"nothing faster was measured by us for {device!r}")
     if quantized:
         return Choice("exact", "quantized weights come with products of their own")
     if dtype != "bfloat16":
@@ -49,6 +47,20 @@ def choose(
     if asked != "speed" and size < LARGE:
         return Choice("exact", "too small for another way to be faster")
     return Choice("speed", "products read bfloat16 at the speed of memory")
+
+
+def _speed(device: str, quantized: bool) -> Choice:
+    """Elsewhere than on the CPU."""
+    if device != "cuda":
+        raise ParameterError(
+            f"preset='speed' needs all weights on the CPU or on GPUs of CUDA, and these go to "
+            f"{device!r}: leave it out, or set device_map"
+        )
+    if quantized:
+        return Choice("exact", "not all quantized weights can be compiled for")
+    if find_spec("triton") is None:
+        raise ParameterError("preset='speed' needs triton for weights on a GPU: pip install triton")
+    return Choice("speed", "a static cache and CUDA graphs by transformers; not measured by us")
 
 
 def _memory(device: str, quantized: bool) -> Choice:

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import Cache
 
 from .batch import PREFILL_CHUNK, Batch, Cancelled
 from .kv import KVCache, States
@@ -53,6 +54,7 @@ class Scheduler:
 
     `arrivals` gives the rows that have come since it was last called, and `arrived` says whether
     any have; `left` is called with a channel when the last of its rows is gone, and their memory.
+    A `cache` that outlives the scheduler takes one row at a time, and is empty between them.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Scheduler:
         prefixes: PrefixCache,
         limits: Limits,
         *,
+        cache: Cache | None = None,
         drafters: Sequence[Drafter] = (),
         arrivals: Callable[[], Iterable[Row]],
         arrived: Callable[[], bool],
@@ -81,8 +84,8 @@ class Scheduler:
         self._device = model.get_input_embeddings().weight.device
 
         def batch() -> Batch:
-            cache = KVCache() if limits.join else DynamicCache(config=model.config)
-            return Batch(model, tokenizer, cache, drafters)
+            growing = KVCache() if limits.join else DynamicCache(config=model.config)
+            return Batch(model, tokenizer, growing if cache is None else cache, drafters)
 
         self._joining, self._decoding = batch(), batch()
 
@@ -207,7 +210,9 @@ class Scheduler:
 
     def _step_done(self) -> bool:
         """Whether, after a step in which no row ended, there is something to do but to decode."""
-        if self._joining.rows or self._held_back or self._crowded() or self._arrived():
+        if self._joining.rows or self._held_back or self._crowded():
+            return True
+        if self._limits.join and self._arrived():  # those that can't join wait for the end
             return True
         # Do not compute for readers that have stopped reading, as long as nobody else is kept.
         rows = self._decoding.rows

@@ -83,6 +83,20 @@ def check_options(options: Mapping[str, Any]) -> None:
             _check(name, options[name], *rule)
 
 
+def check_static(options: Mapping[str, Any], assistant: object = None) -> None:
+    """Refuse what a static cache leaves no room for: it holds one request, of the whole context.
+
+    Raises ParameterError.
+    """
+    alone = {"max_rows": 1, "prefix_cache_bytes": 0, "max_waiting": options.get("max_waiting")}
+    for name, value in {**options, "assistant": assistant}.items():
+        if value is not None and value != alone.get(name):
+            raise ParameterError(
+                f"{name}={value!r} does not go with a static cache, which is preset='speed' on a "
+                "GPU and holds one request at a time: leave out one of the two"
+            )
+
+
 def _stops(stop: object) -> tuple[str, ...]:
     """`stop` as a tuple without repeats; a single string is a list of one."""
     given = [stop] if isinstance(stop, str) else stop

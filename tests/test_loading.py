@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -260,6 +261,21 @@ def test_a_preset_that_nobody_names_shares_with_what_it_comes_to(
     assert (
         engine_of(folder) is engine_of(folder, preset="auto") is engine_of(folder, preset="exact")
     )
+
+
+def test_what_a_preset_has_no_room_for_is_refused_before_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU `speed` serves one request at a time; without a GPU all else gets to the weights."""
+    there = ModuleType("triton")
+    there.__spec__ = type(sys.__spec__)("triton", None)
+    monkeypatch.setitem(sys.modules, "triton", there)
+    spec: dict[str, Any] = {"model": str(folder), "preset": "speed", "device_map": "cuda:99"}
+    for options in ({"max_rows": 8}, {"assistant_model": str(folder)}):
+        with pytest.raises(ParameterError, match="leave out one of the two"):
+            shared_engine(LoadSpec(**spec, **options))
+    with pytest.raises(ParameterError, match="names no device"):
+        shared_engine(LoadSpec(**spec, max_waiting=8))
 
 
 def test_quantized_weights_are_not_quantized_again(folder: Path) -> None:

@@ -28,6 +28,7 @@ CPU: dict[str, Any] = {"device": "cpu", "dtype": "bfloat16", "size": LARGE}
         ("auto", {"quantized": True}, "exact", "quantized"),
         ("auto", {"device": "cuda"}, "exact", "cuda"),
         ("exact", {"device": "cuda"}, "exact", "asked"),
+        ("speed", {"device": "cuda", "quantized": True}, "exact", "quantized"),
         ("auto", {"device": "mps"}, "exact", "mps"),
     ],
 )
@@ -49,7 +50,6 @@ def test_nobody_says_is_auto(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("asked", "case", "says"),
     [
-        ("speed", {"device": "cuda"}, "'cuda'"),
         ("speed", {"device": "mps"}, "'mps'"),
         ("memory", {"device": "mps"}, "'mps'"),
         ("memory", {"quantized": True}, "already"),
@@ -65,21 +65,34 @@ def test_what_cannot_be_had_is_refused(asked: str, case: dict[str, Any], says: s
     assert "leave it out" in str(raised.value)
 
 
-def test_bitsandbytes_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ParameterError, match="pip install bitsandbytes"):
-        choose("memory", **{**CPU, "device": "cuda"})
+needs = pytest.mark.parametrize(
+    ("preset", "package", "because"),
+    [("memory", "bitsandbytes", "4 bits"), ("speed", "triton", "CUDA graphs")],
+)
 
 
-def test_bitsandbytes_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And said to be unmeasured, until somebody has measured it."""
-    there = ModuleType("bitsandbytes")
-    there.__spec__ = type(sys.__spec__)("bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes", there)
-    choice = choose("memory", **{**CPU, "device": "cuda"})
-    assert choice.preset == "memory"
-    assert "4 bits" in choice.reason
+@needs
+def test_what_a_gpu_needs_is_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, preset: str, package: str, because: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ParameterError, match=f"pip install {package}"):
+        choose(preset, **{**CPU, "device": "cuda"})
+
+
+@needs
+def test_what_a_gpu_needs_is_taken_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, preset: str, package: str, because: str
+) -> None:
+    """And said to be unmeasured, until somebody has measured it; so nobody gets it unasked."""
+    there = ModuleType(package)
+    there.__spec__ = type(sys.__spec__)(package, None)
+    monkeypatch.setitem(sys.modules, package, there)
+    choice = choose(preset, **{**CPU, "device": "cuda"})
+    assert choice.preset == preset
+    assert because in choice.reason
     assert "not measured" in choice.reason
+    assert choose("auto", **{**CPU, "device": "cuda"}).preset == "exact"
 
 
 def test_every_preset_is_decided() -> None:
