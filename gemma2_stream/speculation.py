@@ -43,7 +43,7 @@ class Lookup:
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
         known = len(self._ids)
         if ids[:known] == self._ids:
-            self._learn(common_length(self._guess, ids[known + 1 :]))
+            self._learn(ids[known + 1 :])
         else:
             known, self._most = 0, self._tokens
             self._after.clear()
@@ -54,12 +54,12 @@ class Lookup:
         self._guess = self._copied(ids, min(most, self._most))
         return self._guess
 
-    def _learn(self, right: int) -> None:
-        """So many of the last guess were right."""
-        guessed = len(self._guess)
-        if right == guessed:
+    def _learn(self, said: Sequence[int]) -> None:
+        """`said` came where the last guess had been made, or nothing: the row was over."""
+        right = common_length(self._guess, said)
+        if right == len(self._guess):
             self._most = min(2 * self._most, self._tokens)
-        elif right < guessed / 2:
+        elif right < len(said) and right < len(self._guess) / 2:
             self._most = (self._most + 1) // 2
 
     def _copied(self, ids: Sequence[int], most: int) -> list[int]:
