@@ -1,8 +1,8 @@
 """What guessing tokens ahead gains on text that repeats itself, and what it costs on text that does
 not.
 
-    python benchmarks/speculation.py                   # everything; 10 minutes, 3 GB
-    python benchmarks/speculation.py --quick           # half a minute, once the weights are there
+    python benchmarks/speculation.py                   # everything; 11 minutes, 3 GB
+    python benchmarks/speculation.py --quick           # under a minute, once the weights are there
     python benchmarks/speculation.py --model FOLDER    # another causal language model
 
 What: seconds for a whole answer, prompt included, with `prompt_lookup_num_tokens` and without, and
@@ -115,7 +115,7 @@ def weights(folder: Path) -> Path:
 
 
 class Counter:
-    """Forwards of a model, and the columns that they fed."""
+    """Forwards of a model."""
 
     def __init__(self, model: Any) -> None:
         self.forwards = 0
@@ -147,8 +147,8 @@ def measure(options: argparse.Namespace) -> Result:
             request = Request(ids, SamplingParams(max_new_tokens=options.tokens, **params))
             arms = [*engines, *(["generate"] if not params else [])]
             runs: dict[str, list[tuple[float, int, str]]] = {arm: [] for arm in arms}
-            for number in range(options.rounds):
-                say(f"{name}: round {number + 1} of {options.rounds}")
+            for number in range(options.rounds + 1):  # the first warms up
+                say(f"{name}: round {number} of {options.rounds}")
                 random.Random(number).shuffle(arms)
                 for arm in arms:
                     counter.forwards, began = 0, time.perf_counter()
@@ -157,7 +157,8 @@ def measure(options: argparse.Namespace) -> Result:
                     else:
                         text = "".join(chunk.text for chunk in engines[arm].submit([request]))
                     seconds = time.perf_counter() - began
-                    runs[arm].append((seconds, counter.forwards, text))
+                    if number:
+                        runs[arm].append((seconds, counter.forwards, text))
             figures["tasks"][name] = summed(runs)
     for engine in engines.values():
         engine.close()
@@ -233,10 +234,11 @@ def main() -> None:
     parser.add_argument("--dtype", help="auto, bfloat16 or float32")
     parser.add_argument("--tokens", type=int, help="of an answer; 128")
     parser.add_argument("--rounds", type=int, help="7")
-    parser.add_argument("--quick", action="store_true", help="48 tokens, 3 rounds, one task")
+    parser.add_argument("--quick", action="store_true", help="48 tokens, 2 rounds, one task")
     options = parser.parse_args()
     options.tokens = options.tokens or (48 if options.quick else 128)
-    options.rounds = options.rounds or (3 if options.quick else 7)
+    options.rounds = options.rounds or (2 if options.quick else 7)
+    torch.set_num_threads(1)  # more would spin on a busy core
     figures = measure(options)
     document = {
         "benchmark": "speculation",

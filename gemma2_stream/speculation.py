@@ -31,7 +31,7 @@ class Drafter(Protocol):
 
 class Lookup:
     """Guesses that the text goes on as it did when its last tokens were said before: up to `tokens`
-    ids, and fewer while few of them are right, since a forward of many costs more than one of one.
+    ids, and fewer while none of them is right, since a forward of many costs more than one of one.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -55,11 +55,10 @@ class Lookup:
         return self._guess
 
     def _learn(self, said: Sequence[int]) -> None:
-        """`said` came where the last guess had been made, or nothing: the row was over."""
-        right = common_length(self._guess, said)
-        if right == len(self._guess):
+        """`said` came where the last guess had been made; nothing, if the row was over."""
+        if common_length(self._guess, said):
             self._most = min(2 * self._most, self._tokens)
-        elif right < len(said) and right < len(self._guess) / 2:
+        elif self._guess and said:
             self._most = (self._most + 1) // 2
 
     def _copied(self, ids: Sequence[int], most: int) -> list[int]:
