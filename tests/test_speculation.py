@@ -376,8 +376,14 @@ def test_an_error_of_a_guess_ends_the_row_and_nothing_else(
     assistant = _altered(demo_engine.model, 0.0)
     request = _request(demo_engine.encode("你是谁"), max_new_tokens=20)
     expected = _answer(demo_engine, request)
-    watch = Forwards(assistant.model.layers[2])
-    watch.fail_at[4] = MemoryError("no room for guesses")
+    passed: list[object] = []
+
+    def fail_at_the_fourth(layer: object, *_: object) -> None:
+        passed.append(layer)
+        if len(passed) == 4:
+            raise MemoryError("no room for guesses")
+
+    assistant.model.layers[2].register_forward_pre_hook(fail_at_the_fourth)
     with Gemma2Engine(demo_engine.model, demo_engine.tokenizer, assistant=assistant) as engine:
         with pytest.raises(MemoryError, match="no room for guesses"):
             _answer(engine, request)
