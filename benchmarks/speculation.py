@@ -139,7 +139,8 @@ def measure(options: argparse.Namespace) -> Result:
         name: Gemma2Engine(model, tokenizer, prefix_cache_bytes=0, prompt_lookup_num_tokens=tokens)
         for name, tokens in lookups.items()
     }
-    names = ["accessors"] if options.quick else list(TASKS)
+    names = options.tasks.split(",") if options.tasks else list(TASKS)
+    names = names[:1] if options.quick else names
     with watching(figures):
         for name in names:
             prompt, params = TASKS[name]
@@ -231,6 +232,7 @@ def report(document: Result) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", metavar="FOLDER", help="of a checkpoint; else Gemma 3 270M")
+    parser.add_argument("--tasks", help="which, between commas; all")
     parser.add_argument("--dtype", help="auto, bfloat16 or float32")
     parser.add_argument("--tokens", type=int, help="of an answer; 128")
     parser.add_argument("--rounds", type=int, help="7")
