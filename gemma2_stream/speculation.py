@@ -1,5 +1,6 @@
-"""Guesses of what a row says next: the model checks them all in one forward, where it would make
-one token. A wrong guess costs a little time, and never changes a token.
+"""Guesses of what a row says next, which the model checks in one forward, all at once.
+
+A wrong guess costs a little time, and never changes a token.
 
 Knows torch and transformers' models; nothing of requests.
 """
@@ -15,9 +16,8 @@ from .batch import PREFILL_CHUNK, feed
 from .kv import KVCache
 from .prefixes import common_length
 
-# Tokens in a row that make a place worth copying from, the longest tried first. After a single one
-# too much else may follow.
-_SAID = (3, 2)
+# Tokens in a row that make a place one to copy from; the longest are tried first.
+_SAID = (3, 2, 1)
 
 # Where the assistant stops: after so many, or when it gives its next one less than this chance.
 _DRAFTED, _SURE = 8, 0.4
@@ -30,30 +30,44 @@ class Drafter(Protocol):
 
 
 class Lookup:
-    """Guesses that the text goes on as it did when its last tokens were said before, with up to
-    `tokens` ids.
+    """Guesses that the text goes on as it did when its last tokens were said before: up to `tokens`
+    ids, and fewer while none of them is right, since a forward of many costs more than one of one.
     """
 
     def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
+        self._tokens = self._most = tokens
         self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # where what follows the tokens last began
+        self._guess: list[int] = []  # of what follows the id after those
+        self._after: dict[tuple[int, ...], int] = {}  # where what followed the tokens last begins
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
         known = len(self._ids)
-        if ids[:known] != self._ids:
+        if ids[:known] == self._ids:
+            self._learn(ids[known + 1 :])
+        else:
+            known, self._most = 0, self._tokens
             self._after.clear()
-            known = 0
         for end in range(known + 1, len(ids)):
             for length in _SAID:
                 self._after[tuple(ids[max(0, end - length) : end])] = end
         self._ids = list(ids[:-1])
+        self._guess = self._copied(ids, min(most, self._most))
+        return self._guess
+
+    def _learn(self, said: Sequence[int]) -> None:
+        """`said` came where the last guess had been made; nothing, if the row was over."""
+        if common_length(self._guess, said):
+            self._most = min(2 * self._most, self._tokens)
+        elif self._guess and said:
+            self._most = (self._most + 1) // 2
+
+    def _copied(self, ids: Sequence[int], most: int) -> list[int]:
         for length in _SAID:
             start = self._after.get(tuple(ids[-length:]))
             if start is not None:
                 text = list(ids[start:])
-                for at in range(most := min(most, self._tokens)):
-                    text.append(text[at])  # where it runs into its own end, it goes around
+                for at in range(most):
+                    text.append(text[at])  # where it comes to its own end, it goes around
                 return text[:most]
         return []
 
