@@ -49,11 +49,16 @@ class Batch:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, cache: DynamicCache, drafters: Sequence[Drafter] = ()
+        self,
+        model: Any,
+        tokenizer: Any,
+        make_cache: Callable[[], DynamicCache],
+        drafters: Sequence[Drafter] = (),
     ) -> None:
         self.rows: list[Row] = []
         self.pending = 0
-        self.cache = cache
+        self.cache = make_cache()
+        self._make_cache = make_cache
         self._drafters = drafters
         self._model = model
         self._tokenizer = tokenizer
@@ -100,6 +105,7 @@ class Batch:
         """Free the cache, even where a kept exception still refers to it."""
         self.rows, self.pending = [], 0
         self.cache.layers.clear()
+        self.cache = self._make_cache()  # one for recurrent layers can't make them anew
 
     def prefill(self) -> None:
         """Feed one chunk, as long as more than one column is pending; makes no token."""

@@ -80,11 +80,11 @@ class Scheduler:
         self._held_back = False
         self._device = model.get_input_embeddings().weight.device
 
-        def batch() -> Batch:
-            cache = KVCache() if limits.join else DynamicCache(config=model.config)
-            return Batch(model, tokenizer, cache, drafters)
+        def cache() -> DynamicCache:
+            return KVCache() if limits.join else DynamicCache(config=model.config)
 
-        self._joining, self._decoding = batch(), batch()
+        self._joining = Batch(model, tokenizer, cache, drafters)
+        self._decoding = Batch(model, tokenizer, cache, drafters)
 
     def run(self) -> None:
         """Serve everything that arrives, until nothing is left. Whatever happens, streams end."""

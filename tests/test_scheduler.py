@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from tiny import Forwards, greedy, reference
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from gemma2_stream import (
     EngineBusyError,
@@ -349,3 +351,17 @@ def test_greedy_rows_are_bare_generates(make: Callable[..., Gemma2Engine]) -> No
     for n, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
         ids = greedy(engine, engine.encode(prompt), 5 + n)
         assert text(stream) == engine.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_recurrent_layers_are_served_one_row_after_another(demo_engine: Gemma2Engine) -> None:
+    """What they remember cannot be joined; each row begins with nothing of those before it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = {"layer_types": ["conv", "full_attention"], "vocab_size": 4096}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, **layers, eos_token_id=1)).eval()
+    with Gemma2Engine(model, demo_engine.tokenizer, name="recurrent") as engine:
+        prompts = ["a", "b" * 600, "c", "d"]
+        expected = [reference(engine, prompt, 4) for prompt in prompts]
+        streams = engine.submit_each([request(engine, p, max_new_tokens=4) for p in prompts])
+        assert [text(stream) for stream in streams] == expected
