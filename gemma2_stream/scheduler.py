@@ -226,15 +226,22 @@ class Scheduler:
         for row in rows:
             if row.channel.error is None:
                 self._remember(row)
-        self._decoding.keep([row for row in self._decoding.rows if row not in rows])
+        others = [row for row in self._decoding.rows if row not in rows]
+        self._guarded(self._decoding, lambda: self._decoding.keep(others))
         for row in rows:
             if row.done:
                 self._leave(row)
 
     def _remember(self, row: Row) -> None:
-        if self._limits.join and self._prefixes.limit:
-            known = self._decoding.cached(row)
+        if not self._limits.join or not self._prefixes.limit:
+            return
+        known = self._decoding.cached(row)
+        try:
             self._prefixes.keep(row.ids[:known], self._decoding.states(row))
+        except Exception as error:  # no memory for it: nobody needs it
+            self._prefixes.clear()
+            _clear_frames(error)
+            logger.warning("prefixes are forgotten: %r", error)
 
     def _leave(self, row: Row) -> None:
         self._rows_left[row.channel] -= 1
@@ -246,6 +253,7 @@ class Scheduler:
         """Do `work` for `batch`. An error ends a lone row; several are begun anew, each alone, so
         that whichever of them caused it hurts only itself.
         """
+        before = len(batch.rows)
         try:
             work()
         except (Cancelled, Exception) as error:
@@ -256,8 +264,9 @@ class Scheduler:
             if isinstance(error, Cancelled):
                 for row in live:
                     row.finish("cancelled")
-            elif len(live) == 1:
-                live[0].fail(error)
+            elif max(before, len(rows)) == 1:
+                for row in live:
+                    row.fail(error)
             elif live:
                 logger.warning("%d requests are begun anew, each alone: %r", len(live), error)
                 for row in reversed(live):

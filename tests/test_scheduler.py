@@ -365,3 +365,26 @@ def test_recurrent_layers_are_served_one_row_after_another(demo_engine: Gemma2En
         expected = [reference(engine, prompt, 4) for prompt in prompts]
         streams = engine.submit_each([request(engine, p, max_new_tokens=4) for p in prompts])
         assert [text(stream) for stream in streams] == expected
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 3}, {"max_cached_tokens": 90}])
+def test_no_memory_to_move_rows_together_ends_none_of_them(
+    make: Callable[..., Gemma2Engine], monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    """When one is done or goes back to wait, the others are copied: the first time, that fails."""
+    engine = make(**options)
+    limits = {"a": 6, "b": 12, "c": 9, "d": 10}
+    expected = {prompt: reference(engine, prompt, limit) for prompt, limit in limits.items()}
+    real, left = torch.Tensor.new_zeros, [OSError("no memory")]
+
+    def new_zeros(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if left:
+            raise left.pop()
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    requests = [request(engine, p, max_new_tokens=limit) for p, limit in limits.items()]
+    streams = engine.submit_each(requests)
+    assert [text(stream) for stream in streams] == [*expected.values()]
+    engine.join()
+    assert not left
