@@ -263,7 +263,7 @@ class Scheduler:
             live = [row for row in rows if not row.done]
             if isinstance(error, Cancelled):
                 for row in live:
-                    row.finish("cancelled")
+                    row.cancel()
             elif max(before, len(rows)) == 1:
                 for row in live:
                     row.fail(error)
@@ -282,7 +282,7 @@ def _wanted(row: Row) -> bool:
     if not row.channel.start():
         row.done = True
     elif row.channel.cancelled:
-        row.finish("cancelled")
+        row.cancel()
     return not row.done
 
 
