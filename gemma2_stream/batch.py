@@ -50,11 +50,16 @@ class Batch:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, cache: Cache, drafters: Sequence[Drafter] = ()
+        self,
+        model: Any,
+        tokenizer: Any,
+        make_cache: Callable[[], Cache],
+        drafters: Sequence[Drafter] = (),
     ) -> None:
         self.rows: list[Row] = []
         self.pending = 0
-        self.cache = cache
+        self.cache = make_cache()
+        self._make_cache = make_cache
         self._drafters = drafters
         self._model = model
         self._tokenizer = tokenizer
@@ -106,6 +111,7 @@ class Batch:
             self.cache.reset()  # type: ignore[no-untyped-call]
         else:
             self.cache.layers.clear()
+            self.cache = self._make_cache()  # one for recurrent layers can't make them anew
 
     def prefill(self) -> None:
         """Feed one chunk, as long as more than one column is pending; makes no token."""

@@ -83,11 +83,13 @@ class Scheduler:
         self._held_back = False
         self._device = model.get_input_embeddings().weight.device
 
-        def batch() -> Batch:
-            growing = KVCache() if limits.join else DynamicCache(config=model.config)
-            return Batch(model, tokenizer, growing if cache is None else cache, drafters)
+        def make_cache() -> Cache:
+            if cache is not None:
+                return cache
+            return KVCache() if limits.join else DynamicCache(config=model.config)
 
-        self._joining, self._decoding = batch(), batch()
+        self._joining = Batch(model, tokenizer, make_cache, drafters)
+        self._decoding = Batch(model, tokenizer, make_cache, drafters)
 
     def run(self) -> None:
         """Serve everything that arrives, until nothing is left. Whatever happens, streams end."""
@@ -231,15 +233,22 @@ class Scheduler:
         for row in rows:
             if row.channel.error is None:
                 self._remember(row)
-        self._decoding.keep([row for row in self._decoding.rows if row not in rows])
+        others = [row for row in self._decoding.rows if row not in rows]
+        self._guarded(self._decoding, lambda: self._decoding.keep(others))
         for row in rows:
             if row.done:
                 self._leave(row)
 
     def _remember(self, row: Row) -> None:
-        if self._limits.join and self._prefixes.limit:
-            known = self._decoding.cached(row)
+        if not self._limits.join or not self._prefixes.limit:
+            return
+        known = self._decoding.cached(row)
+        try:
             self._prefixes.keep(row.ids[:known], self._decoding.states(row))
+        except Exception as error:  # no memory for it: nobody needs it
+            self._prefixes.clear()
+            _clear_frames(error)
+            logger.warning("prefixes are forgotten: %r", error)
 
     def _leave(self, row: Row) -> None:
         self._rows_left[row.channel] -= 1
@@ -251,6 +260,7 @@ class Scheduler:
         """Do `work` for `batch`. An error ends a lone row; several are begun anew, each alone, so
         that whichever of them caused it hurts only itself.
         """
+        before = len(batch.rows)
         try:
             work()
         except (Cancelled, Exception) as error:
@@ -260,9 +270,10 @@ class Scheduler:
             live = [row for row in rows if not row.done]
             if isinstance(error, Cancelled):
                 for row in live:
-                    row.finish("cancelled")
-            elif len(live) == 1:
-                live[0].fail(error)
+                    row.cancel()
+            elif max(before, len(rows)) == 1:
+                for row in live:
+                    row.fail(error)
             elif live:
                 logger.warning("%d requests are begun anew, each alone: %r", len(live), error)
                 for row in reversed(live):
@@ -278,7 +289,7 @@ def _wanted(row: Row) -> bool:
     if not row.channel.start():
         row.done = True
     elif row.channel.cancelled:
-        row.finish("cancelled")
+        row.cancel()
     return not row.done
 
 

@@ -73,7 +73,7 @@ class Row:
     def take(self, token_id: int) -> None:
         """Take the next id, unless nobody wants it any more; an error ends the row."""
         if self.channel.cancelled and not self.done:
-            self.finish("cancelled")
+            self.cancel()
         if self.done:
             self.ids.append(token_id)  # the cache counts it all the same
             return
@@ -110,6 +110,13 @@ class Row:
             self._verdict(text, "stop", self._stop.matched)
         else:
             self._verdict(text + self._stop.flush(), reason, stop)
+
+    def cancel(self) -> None:
+        """Nobody wants more."""
+        try:
+            self.finish("cancelled")
+        except Exception as error:  # the tokenizer's, of what was held back
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Nothing more comes: the stream raises `error`."""

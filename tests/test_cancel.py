@@ -7,6 +7,7 @@ is free, and the next request is right.
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import threading
 import weakref
@@ -19,6 +20,7 @@ from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, live_caches, reference
+from tokenizers.decoders import Fuse
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
 from gemma2_stream.scheduler import MAX_UNREAD
@@ -374,6 +376,37 @@ def test_a_cancelled_batch_begins_no_further_group(llm: Either, watch: Forwards)
     assert watch.count == 3
     assert [chunk.finish_reason for chunk in verdicts] == ["cancelled"] * rows
     assert {chunk.index for chunk in verdicts} == {*range(rows)}
+
+
+def test_a_tokenizer_that_fails_on_what_was_held_back_ends_the_stream(
+    demo_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """In the verdict of a row that decodes, and of one that waits; others are none the wiser."""
+    broken = threading.Event()
+
+    class Tokenizer(type(demo_engine.tokenizer)):  # type: ignore[misc]
+        def decode(self, *args: Any, **kwargs: Any) -> Any:
+            if broken.is_set():
+                raise OverflowError("no such text")
+            return super().decode(*args, **kwargs)
+
+    tokenizer = copy.deepcopy(demo_engine.tokenizer)
+    tokenizer.__class__ = Tokenizer
+    tokenizer.backend_tokenizer.decoder = Fuse()  # not Gemma's: `decode` is asked
+    with Gemma2Engine(demo_engine.model, tokenizer, name="broken", max_rows=2) as engine:
+        watch = forwards(engine)
+        reached, release = watch.gate(3)
+        request = Request(tuple(engine.encode(PROMPT)), SamplingParams(timeout=60))
+        streams = [engine.submit([request]), engine.submit([request, request])]
+        _wait(reached)
+        broken.set()
+        for stream in streams:
+            stream.cancel()
+        release.set()
+        for stream in streams:
+            with pytest.raises(OverflowError, match="no such text"):
+                list(stream)
+        engine.join()
 
 
 def test_cancel_may_be_called_at_any_time_and_twice(llm: Either) -> None:

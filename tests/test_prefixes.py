@@ -254,6 +254,30 @@ def test_what_was_cancelled_is_right_all_the_same(
     assert answer == fresh.tokenizer.decode(greedy(fresh, longer, 4), skip_special_tokens=True)
 
 
+def test_no_memory_to_keep_a_prefix_hurts_nobody(
+    fresh: Gemma2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the row that has ended, nor those beside it, nor those that wait."""
+    prompts = ["a", "b", "c"]
+    expected = [reference(fresh, prompt, 3 + n) for n, prompt in enumerate(prompts)]
+    real = torch.Tensor.clone
+
+    def clone(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tensor.dim() == 3 and tensor.shape[2] == 32:  # a row's keys or values
+            raise OSError("no memory")
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "clone", clone)
+    requests = [
+        Request(tuple(fresh.encode(prompt)), SamplingParams(max_new_tokens=3 + n))
+        for n, prompt in enumerate(prompts)
+    ]
+    streams = fresh.submit_each(requests)
+    assert ["".join(chunk.text for chunk in stream) for stream in streams] == expected
+    fresh.join()
+    assert fresh.prefixes.bytes == 0
+
+
 def test_closing_frees_what_was_kept(random_engine: Gemma2Engine) -> None:
     engine = Gemma2Engine(random_engine.model, random_engine.tokenizer)
     ask(engine, engine.encode("x"), max_new_tokens=2)

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 from tiny import Forwards, greedy, reference
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from gemma2_stream import (
     EngineBusyError,
@@ -349,3 +351,40 @@ def test_greedy_rows_are_bare_generates(make: Callable[..., Gemma2Engine]) -> No
     for n, (prompt, stream) in enumerate(zip(prompts, streams, strict=True)):
         ids = greedy(engine, engine.encode(prompt), 5 + n)
         assert text(stream) == engine.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_recurrent_layers_are_served_one_row_after_another(demo_engine: Gemma2Engine) -> None:
+    """What they remember cannot be joined; each row begins with nothing of those before it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    layers = {"layer_types": ["conv", "full_attention"], "vocab_size": 4096}
+    model = Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, **layers, eos_token_id=1)).eval()
+    with Gemma2Engine(model, demo_engine.tokenizer, name="recurrent") as engine:
+        prompts = ["a", "b" * 600, "c", "d"]
+        expected = [reference(engine, prompt, 4) for prompt in prompts]
+        streams = engine.submit_each([request(engine, p, max_new_tokens=4) for p in prompts])
+        assert [text(stream) for stream in streams] == expected
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 3}, {"max_cached_tokens": 90}])
+def test_no_memory_to_move_rows_together_ends_none_of_them(
+    make: Callable[..., Gemma2Engine], monkeypatch: pytest.MonkeyPatch, options: dict[str, int]
+) -> None:
+    """When one is done or goes back to wait, the others are copied: the first time, that fails."""
+    engine = make(**options)
+    limits = {"a": 6, "b": 12, "c": 9, "d": 10}
+    expected = {prompt: reference(engine, prompt, limit) for prompt, limit in limits.items()}
+    real, left = torch.Tensor.new_zeros, [OSError("no memory")]
+
+    def new_zeros(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if left:
+            raise left.pop()
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    requests = [request(engine, p, max_new_tokens=limit) for p, limit in limits.items()]
+    streams = engine.submit_each(requests)
+    assert [text(stream) for stream in streams] == [*expected.values()]
+    engine.join()
+    assert not left

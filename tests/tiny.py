@@ -104,7 +104,11 @@ class Forwards:
 def live_caches() -> list[DynamicCache]:
     """KV caches that still hold states, anywhere in the process."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) is DynamicCache and thing.layers]
+    return [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), DynamicCache) and thing.layers
+    ]
 
 
 def greedy(engine: Gemma2Engine, prompt_ids: list[int], max_new_tokens: int) -> list[int]:
