@@ -69,7 +69,9 @@ class Gemma2Engine:
     A request that is decoded alone takes fewer forwards for the same text when the next tokens are
     guessed well: `prompt_lookup_num_tokens`, up to so many at once, from what prompt and answer
     said before, and an `assistant`, a smaller causal LM with the same vocabulary, what that would
-    say. With both, it is asked when nothing was said before.
+    say. With both, it is asked when nothing was said before. In
+    float32 no token changes; below it a forward of several tokens rounds differently, as one of
+    several rows does, which can turn a near tie or a draw.
 
     With a `static_cache`, keys and values have one place of the whole context length, from the
     first request until `close`, for which `generate` compiles by itself on CUDA. Requests are
