@@ -221,10 +221,11 @@ class Gemma2Engine:
             self._refuse_beyond_the_queue(channels)
             channels = [channel for channel in channels if channel.error is None]
             if self._worker is None:
-                self._worker = threading.Thread(
+                worker = threading.Thread(
                     target=_work, args=(self._jobs,), name="gemma2_stream", daemon=True
                 )
-                self._worker.start()
+                worker.start()
+                self._worker = worker
             self._channels.update(channels)
             self._jobs.put((self, channels))
 

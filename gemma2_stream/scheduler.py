@@ -120,6 +120,9 @@ class Scheduler:
     def _admit(self) -> None:
         """Begin with the rows that have waited longest; none overtakes another."""
         self._held_back = False
+        for row in [row for row in self._waiting if row.channel.cancelled and not _wanted(row)]:
+            self._waiting.remove(row)
+            self._leave(row)
         joining = self._joining
         states: list[list[States]] = []
         rests: list[int] = []
@@ -216,6 +219,8 @@ class Scheduler:
             return True
         if self._limits.join and self._arrived():  # those that can't join wait for the end
             return True
+        if any(row.channel.cancelled for row in self._waiting):
+            return True
         # Do not compute for readers that have stopped reading, as long as nobody else is kept.
         rows = self._decoding.rows
         while not self._waiting and not self._arrived() and all(map(_unread, rows)):
@@ -274,14 +279,15 @@ class Scheduler:
             elif max(before, len(rows)) == 1:
                 for row in live:
                     row.fail(error)
-            elif live:
-                logger.warning("%d requests are begun anew, each alone: %r", len(live), error)
-                for row in reversed(live):
-                    row.alone = True
-                    self._waiting.appendleft(row)
+            again = [row for row in rows if not row.done]
+            for row in reversed(again):
+                row.alone = True
+                self._waiting.appendleft(row)
             for row in rows:
                 if row.done:
                     self._leave(row)
+            if again:  # last, since a handler may raise
+                logger.warning("%d requests are begun anew, each alone: %r", len(again), error)
 
 
 def _wanted(row: Row) -> bool:

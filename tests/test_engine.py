@@ -184,6 +184,25 @@ def test_one_thread_runs_everything(random_engine: Gemma2Engine) -> None:
     assert worker is not threading.main_thread()
 
 
+def test_a_thread_that_could_not_be_started_is_started_later(
+    random_engine: Gemma2Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request that found the process full is refused, and those after it are served."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    model, tokenizer = random_engine.model, random_engine.tokenizer
+    with Gemma2Engine(model, tokenizer, name="full") as engine:
+        request = _request(engine, "x", max_new_tokens=2, timeout=60)
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", start)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                engine.submit([request])
+        answer = "".join(chunk.text for chunk in engine.submit([request]))
+        assert answer == reference(engine, "x", 2)
+
+
 # Seeds -----------------------------------------------------------------------------------------
 
 

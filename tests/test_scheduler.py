@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -388,3 +389,46 @@ def test_no_memory_to_move_rows_together_ends_none_of_them(
     assert [text(stream) for stream in streams] == [*expected.values()]
     engine.join()
     assert not left
+
+
+def test_a_row_cancelled_while_it_waits_for_room_leaves_at_once(
+    make: Callable[..., Gemma2Engine], forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """One that went back to wait has begun, and its reader wants the verdict."""
+    engine = make(max_cached_tokens=60)
+    watch = forwards(engine)
+    reached, release = watch.gate(40)
+    ahead, back = engine.submit_each([request(engine, p, max_new_tokens=60) for p in "ab"])
+    reached.wait(30)
+    assert watch.rows[-1] == 1
+    held, end = watch.gate(42)
+    back.cancel()
+    release.set()
+    held.wait(30)
+    back.fail(OSError("no verdict"))  # what is read instead, if it was not there before
+    assert list(back)[-1].finish_reason == "cancelled"
+    end.set()
+    assert text(ahead) == reference(engine, "a", 60)
+
+
+def test_a_log_handler_that_raises_ends_the_streams(
+    make: Callable[..., Gemma2Engine], forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    class Raises(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise ValueError("the disk is full")
+
+    engine = make()
+    watch = forwards(engine)
+    watch.fail_at[3] = OSError("gone")
+    handler = Raises()
+    log = logging.getLogger("gemma2_stream.scheduler")
+    log.addHandler(handler)
+    try:
+        requests = [request(engine, p, max_new_tokens=6, timeout=60) for p in "abc"]
+        for stream in engine.submit_each(requests):
+            with pytest.raises(ValueError, match="the disk is full"):
+                text(stream)
+        engine.join()
+    finally:
+        log.removeHandler(handler)
