@@ -204,6 +204,8 @@ def test_text_that_spells_a_control_token_ends_nothing(say: Callable[..., Gemma2
 def test_only_the_last_chunk_carries_the_verdict(either: Either) -> None:
     """Reason, usage and model name are on one chunk, so that LangChain's merging keeps them."""
     prompt = "Who are you?"
+    either.engine.join()
+    either.engine.prefixes.clear()
     chunks = either(max_new_tokens=5).chunks(prompt)
     total = chunks[0]
     for chunk in chunks[1:]:

@@ -56,7 +56,8 @@ class ScriptedGemma2(Gemma2ForCausalLM):
         cache = output.cache if "cache" in output else output.past_key_values  # renamed in 5.24
         step = cache.get_seq_length() - self.width
         if step >= 0:
-            for row, ids in enumerate(self.script):
+            # Rows that have said everything have left.
+            for row, ids in enumerate(ids for ids in self.script if len(ids) >= step):
                 wanted = ids[step] if step < len(ids) else self.config.eos_token_id[0]
                 output.logits[row, -1] = -30.0
                 output.logits[row, -1, wanted] = 30.0
