@@ -28,7 +28,7 @@ MULTIPLE = 32
 
 
 def hasten(model: nn.Module) -> None:
-    """Let products read their weights at the speed of memory.
+    """Let products read their weights nearer to the speed of memory.
 
     For each product `F.linear` arranges bfloat16 anew for the processor's matrix units, which takes
     longer than a token's product itself and a third of a prompt's. Here they are arranged once; a
