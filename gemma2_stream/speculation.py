@@ -42,7 +42,7 @@ class Lookup:
 
     def draft(self, ids: Sequence[int], most: int) -> list[int]:
         known = len(self._ids)
-        if ids[:known] == self._ids:
+        if len(ids) > known and ids[:known] == self._ids:
             self._learn(ids[known + 1 :])
         else:
             known, self._most = 0, self._tokens

@@ -27,7 +27,7 @@ from gemma2_stream import (
     SamplingParams,
     TokenStream,
 )
-from gemma2_stream.speculation import Assistant
+from gemma2_stream.speculation import Assistant, Lookup
 from gemma2_stream.tools import AnswerFormat
 
 VOCABULARY = 4096
@@ -233,6 +233,17 @@ def test_what_was_said_before_costs_a_fraction_of_the_forwards(
 
 def _of(engine: Gemma2Engine, turns: list[dict[str, str]]) -> Request:
     return _request(engine.encode(turns), max_new_tokens=60)
+
+
+def test_what_is_asked_again_is_guessed_for_again() -> None:
+    """The same ids as last time, less of them, others: each by what was said before its own end."""
+    lookup = Lookup(3)
+    ids = [1, 2, 3, 4, 1, 2, 3]
+    assert lookup.draft([*ids, 4], 3) == [1, 2, 3]
+    assert lookup.draft(ids, 3) == [4, 1, 2]
+    assert lookup.draft(ids, 3) == [4, 1, 2]
+    assert lookup.draft(ids[:3], 3) == []
+    assert lookup.draft([7, 8, 9, 7, 8], 2) == [9, 7]
 
 
 def test_an_assistant_that_is_right_makes_nine_tokens_a_forward(

@@ -94,7 +94,7 @@ def _ask(engine: Gemma2Engine, asked: Asked, dice: random.Random) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_rows": 3, "prefix_cache_bytes": 30_000},
+        {"max_rows": 3, "prefix_cache_bytes": 30_000, "prompt_lookup_num_tokens": 3},
         {"max_cached_tokens": 400, "prefix_cache_bytes": 300_000},
         {"max_cached_tokens": 200, "prefix_cache_bytes": 0},
     ],
