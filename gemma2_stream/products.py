@@ -16,6 +16,9 @@ from torch.nn import functional
 # `_weight_int8pack_mm` gains up to here, and loses beyond: measured on Gemma-2-2b's shapes.
 FEW = 8
 
+# Beyond so many rows to arrange them takes longer than to arrange the weight.
+MANY = 64
+
 # Rows of weights that are widened at once: few enough for the cache of a core, many enough for
 # the product to be worth its threads.
 BLOCK = 4096
@@ -29,7 +32,7 @@ def hasten(model: nn.Module) -> None:
 
     For each product `F.linear` arranges bfloat16 anew for the processor's matrix units, which takes
     longer than a token's product itself and a third of a prompt's. Here they are arranged once; a
-    weight that is an embedding too is needed as it is, and has only single rows read fast.
+    weight that is an embedding too is needed as it is, and is read fast by few rows only.
 
     One weight after the other, so that no more than one is there twice.
     """
@@ -67,12 +70,19 @@ class ArrangedLinear(nn.Linear):
 
 
 class RowLinear(nn.Linear):
-    """`nn.Linear` without bias; x of shape (..., 1, in) takes the matrix-vector product."""
+    """`nn.Linear` without bias; few rows of x, shape (..., in), take the product the other way
+    round, in which it is they that are arranged, and the weight is read as it is.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() != self.in_features:
+        rows = x.numel() // self.in_features
+        if rows == 1:
+            return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
+        if rows > MANY or x.dtype != torch.bfloat16:
             return functional.linear(x, self.weight)
-        return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
+        return torch.matmul(self.weight, x.reshape(rows, -1).mT).mT.reshape(
+            *x.shape[:-1], self.out_features
+        )
 
 
 def shrink(model: nn.Module, dtype: torch.dtype) -> None:

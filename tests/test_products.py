@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from gemma2_stream.products import (
     BLOCK,
     FEW,
+    MANY,
     ArrangedLinear,
     Int8Embedding,
     Int8Linear,
@@ -73,16 +74,22 @@ def test_a_hastened_product_takes_any_strides() -> None:
     assert torch.equal(module(wide[..., ::2]), module(wide[..., ::2].contiguous()))
 
 
-@pytest.mark.parametrize(("rows", "product"), [(1, "mv"), (2, "linear"), (129, "linear")])
-def test_of_a_weight_that_is_an_embedding_only_single_rows_are_read_fast(
+@pytest.mark.parametrize(
+    ("rows", "product"), [(1, "mv"), (2, "matmul"), (MANY, "matmul"), (MANY + 1, "linear")]
+)
+def test_few_rows_of_a_weight_that_is_an_embedding_are_arranged_instead(
     rows: int, product: str
 ) -> None:
     model = nn.ModuleList([linear(), nn.Embedding(96, 64, dtype=torch.bfloat16)])
     model[1].weight = model[0].weight
+    x = torch.randn(1, rows, 64, dtype=torch.bfloat16)
+    expected = model[0](x)
     hasten(model)
     with Calls() as calls:
-        model[0](torch.randn(1, rows, 64, dtype=torch.bfloat16))
-    assert ("mv" in calls.names, "linear" in calls.names) == (product == "mv", product == "linear")
+        found = model[0](x)
+    assert {"mv", "matmul", "linear"} & {*calls.names} == {product}
+    assert found.shape == expected.shape
+    assert error(found, expected) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
