@@ -251,7 +251,7 @@ def measure(options: argparse.Namespace) -> Result:
     figures: Result = {"parameters": sum(weight.numel() for weight in model.parameters())}
     with (
         engine_of(model, tokenizer) as cached,
-        engine_of(model, tokenizer, prefix_cache_bytes=0) as bare,
+        Gemma2Engine(cached.model, tokenizer, name="bare", prefix_cache_bytes=0) as bare,
     ):
         bench = Bench({WITH: cached, WITHOUT: bare}, vocabulary, random.Random(0))
         bench.both(said(bench.words(QUESTION)), 4)  # warms up

@@ -16,6 +16,7 @@ things are arranged so that every engine has the same work to do on the same fil
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +24,10 @@ from typing import Any
 
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
+
+from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.presets import LARGE, choose
+from gemma2_stream.products import hasten
 
 END_IDS = (0, 1, 107)  # <pad>, <eos>, <end_of_turn>
 
@@ -94,6 +99,18 @@ def say_only(model: Gemma2ForCausalLM, ids: Sequence[int]) -> None:
     other[list(ids)] = False
     with torch.no_grad():
         table[other] = 0
+
+
+def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
+    """`model` as `Gemma2LLM` runs it when nobody says how: with grouped attention and
+    the preset that is chosen for it. `model` itself stays; weights that stay, too, are shared.
+    """
+    mine = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    prefer_grouped(mine)
+    choice = choose(None, device="cpu", dtype=str(model.dtype)[6:], size=LARGE)
+    if choice.preset == "speed":
+        hasten(mine)
+    return mine
 
 
 def save(folder: str | Path, model: Gemma2ForCausalLM, tokenizer: Any) -> None:

@@ -45,7 +45,6 @@ Prints Markdown; progress goes to stderr; the last line is JSON with every figur
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import random
 import statistics
@@ -65,7 +64,7 @@ import torch
 import transformers
 from grammars import typed
 from langchain_huggingface import HuggingFacePipeline
-from stack import random_stack, save, say_only, words
+from stack import as_loaded, random_stack, save, say_only, words
 from streaming import (
     INK,
     OURS,
@@ -101,13 +100,9 @@ HF = HF_ONE, HF_BATCH = "HuggingFacePipeline, one by one", "HuggingFacePipeline,
 ONE = (IN_TURN, HF_ONE)  # a request is timed, and stands for any number of them
 
 
-def engine_of(model: Any, tokenizer: Any, **wanted: object) -> Gemma2Engine:
-    """An engine with those of `wanted` that this version takes; says which it does not."""
-    known = inspect.signature(Gemma2Engine).parameters
-    for name in wanted.keys() - known.keys():
-        say(f"this version's engine has no {name}=: left out")
-    given: Any = {name: value for name, value in wanted.items() if name in known}
-    return Gemma2Engine(model, tokenizer, name="stack", **given)
+def engine_of(model: Any, tokenizer: Any, **options: Any) -> Gemma2Engine:
+    """What a user gets for these weights, with `options`."""
+    return Gemma2Engine(as_loaded(model), tokenizer, name="stack", **options)
 
 
 def prompts(vocabulary: Sequence[int], seed: object, rows: int) -> Prompts:
@@ -387,7 +382,7 @@ def arrivals(tokenizer: Any, vocabulary: list[int]) -> Result:
         figures["in_turn"] = count[0] * ARRIVALS
         with (
             engine_of(model, tokenizer) as engine,
-            counted(model, before) as count,
+            counted(engine.model, before) as count,
             ThreadPoolExecutor(ARRIVALS) as pool,
         ):
             figures["first_token_steps"] = list(pool.map(arrive, range(ARRIVALS)))
