@@ -29,8 +29,8 @@ from .streamer import Row, TokenStreamer
 if TYPE_CHECKING:
     from .speculation import Drafter
 
-# Prompt tokens in one forward of the prefill. Below it attention is quadratic in less memory and,
-# with eager attention, prefill is faster too; a cancel is seen between layers within it.
+# Prompt tokens in one forward of the prefill, of all rows together. More would leave the caches
+# between a layer's operations, and attention is quadratic in them; a cancel is seen between layers.
 PREFILL_CHUNK = 512
 
 # transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
@@ -67,6 +67,11 @@ class Batch:
     @property
     def width(self) -> int:
         return max((len(row.ids) for row in self.rows), default=0)
+
+    @property
+    def chunk(self) -> int:
+        """How many columns one forward of the prefill feeds."""
+        return max(1, PREFILL_CHUNK // max(1, len(self.rows)))
 
     def load(self, rows: Iterable[tuple[Row, Sequence[States]]], pending: int) -> None:
         """Hold these rows instead, each with the states of its first tokens, in pieces; of these,
@@ -117,7 +122,7 @@ class Batch:
         """Feed one chunk, as long as more than one column is pending; makes no token."""
         ids, mask = self._inputs()
         start = self.width - self.pending
-        end = min(start + PREFILL_CHUNK, self.width - 1)
+        end = min(start + self.chunk, self.width - 1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         with torch.no_grad(), self._interruptible():
             self._model.get_decoder()(

@@ -46,7 +46,7 @@ def choose(
         return Choice("exact", f"in {dtype} its products are as fast as memory already")
     if asked != "speed" and size < LARGE:
         return Choice("exact", "too small for another way to be faster")
-    return Choice("speed", "bfloat16 weights are arranged once for the processor's matrix units")
+    return Choice("speed", "bfloat16 products that read nearer to the speed of memory")
 
 
 def _speed(device: str, quantized: bool) -> Choice:

@@ -1,7 +1,8 @@
 """Matrix products that read less, or read faster, than `nn.Linear` does on a CPU.
 
 `hasten` and `shrink` change the class of a model's own modules, so that names, ties and
-`get_input_embeddings().weight` stay. Knows torch, and nothing of who decides what is wanted.
+`get_input_embeddings().weight` stay. Knows torch and Gemma 2's MLP, and nothing of who decides
+what is wanted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 # `_weight_int8pack_mm` gains up to here, and loses beyond: measured on Gemma-2-2b's shapes.
 FEW = 8
@@ -28,61 +30,68 @@ MULTIPLE = 32
 
 
 def hasten(model: nn.Module) -> None:
-    """Let products read their weights nearer to the speed of memory.
+    """Let products read their weights nearer to the speed of memory, and keep the weights.
 
     For each product `F.linear` arranges bfloat16 anew for the processor's matrix units, a sixth to
-    a third of its time. This arranges them once; a weight that is an embedding too is
-    needed as it is, and is read fast by few rows only.
-
-    One weight after the other, so that no more than one is there twice.
+    a third of its time; few rows are multiplied without that. Many pay for it, and have what
+    follows a product in Gemma 2's MLP computed while it is still at hand.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
-        if not _is_plain(module):
-            continue
-        if id(module.weight) in embeddings or not _can_arrange(module.weight):
+        if _is_plain(module) and module.weight.dtype == torch.bfloat16:
             module.__class__ = RowLinear
-        else:
-            arranged = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
-            module.weight = nn.Parameter(arranged, requires_grad=False)
-            module.__class__ = ArrangedLinear
+    if type(head := getattr(model, "lm_head", None)) is RowLinear:
+        head.__class__ = HeadLinear
+    for module in model.modules():
+        if type(module) is Gemma2MLP and _fuses(module):
+            module.__class__ = FusedMLP
 
 
 def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     return type(module) is nn.Linear and module._parameters["bias"] is None
 
 
-def _can_arrange(weight: torch.Tensor) -> bool:
+def _fuses(mlp: Gemma2MLP) -> bool:
+    """Whether oneDNN has the matrix products of `mlp`, and what is between them."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32 or bool(bf16)
-
-
-class ArrangedLinear(nn.Linear):
-    """`nn.Linear` without bias, its weight arranged by oneDNN; `weight.to_dense()` is as it was."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self.weight, None, "none", [], ""
-        )
-        return product
+    ready = torch.ops.mkldnn._is_mkldnn_bf16_supported() and type(mlp.gate_proj) is RowLinear
+    return ready and mlp.config.hidden_activation == "gelu_pytorch_tanh"
 
 
 class RowLinear(nn.Linear):
-    """`nn.Linear` without bias; few rows of x, shape (..., in), take the product the other way
-    round, in which it is they that are arranged, and the weight is read as it is.
+    """`nn.Linear` without bias in bfloat16; few rows of x, shape (..., in), take the product the
+    other way round, in which it is they that are arranged, and the weight is read as it is.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
         if rows == 1:
             return torch.mv(self.weight, x.reshape(-1)).view(*x.shape[:-1], self.out_features)
-        if rows > MANY or x.dtype != torch.bfloat16:
+        if rows > MANY:
             return functional.linear(x, self.weight)
-        return torch.matmul(self.weight, x.reshape(rows, -1).mT).mT.reshape(
-            *x.shape[:-1], self.out_features
-        )
+        product = torch.matmul(self.weight, x.reshape(rows, self.in_features).mT)
+        return product.mT.reshape(*x.shape[:-1], self.out_features)
+
+
+class HeadLinear(RowLinear):
+    """The same, with each row's outputs side by side: they are many, and read row by row."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).contiguous()
+
+
+class FusedMLP(Gemma2MLP):
+    """`down(gelu(gate(x)) * up(x))`; of many rows, the activation and the product with it are
+    computed where the matrix product leaves its sums, before they are rounded.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() // x.shape[-1] <= MANY:
+            return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
+        linear = torch.ops.mkldnn._linear_pointwise
+        gate = linear(x, self.gate_proj.weight, None, "gelu", [], "tanh")
+        gated = linear.binary(x, gate, self.up_proj.weight, None, "mul")
+        return functional.linear(gated, self.down_proj.weight)
 
 
 def shrink(model: nn.Module, dtype: torch.dtype) -> None:

@@ -191,7 +191,7 @@ class Scheduler:
         if not joining.rows:
             return
         # The last column is fed together with the others'; alone, `generate` feeds the last chunk.
-        enough = 1 if decoding.rows else PREFILL_CHUNK
+        enough = 1 if decoding.rows else joining.chunk
         if joining.pending > enough:
             self._guarded(joining, joining.prefill)
         if not joining.rows or joining.pending > enough:

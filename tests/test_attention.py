@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import DEMO, random_gemma
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, ParameterError
-from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.attention import SMALL, grouped_attention, prefer_grouped
 from gemma2_stream.batch import _CACHE_NAME
 from gemma2_stream.kv import KVCache
 
@@ -58,6 +59,24 @@ def test_it_computes_what_eager_computes(dtype: torch.dtype, rows: int) -> None:
     for layer in capped.model.layers:
         layer.self_attn.attn_logit_softcapping = None
     assert not torch.allclose(logits(capped, ids, mask, chunks)[mask == 1], theirs, atol=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_many_scores_are_computed_head_by_head(dtype: torch.dtype, rows: int) -> None:
+    """And each of them comes to its own place."""
+    new, tokens = 200, SMALL // 4 // 200 + 1
+    shapes = [(rows, 4, new, 16), (rows, 2, tokens, 16), (rows, 2, tokens, 16)]
+    query, key, value = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    mask = torch.zeros(rows, 1, new, tokens, dtype=dtype)
+    mask[..., tokens // 2 :] = torch.finfo(dtype).min
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    given = (query, key, value, mask)
+    theirs, _ = eager_attention_forward(module, *given, scaling=0.25, softcap=5.0)
+    ours, _ = grouped_attention(module, *given, scaling=0.25, softcap=5.0)
+    assert ours.shape == (rows, new, 4, 16)
+    assert torch.allclose(ours, theirs, atol=1e-6 if dtype == torch.float32 else 0.01)
 
 
 def test_gemma_2_takes_it_unless_told_otherwise() -> None:

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream.products import (
     BLOCK,
     FEW,
     MANY,
-    ArrangedLinear,
+    FusedMLP,
+    HeadLinear,
     Int8Embedding,
     Int8Linear,
     RowLinear,
@@ -77,29 +79,49 @@ def test_a_hastened_product_takes_any_strides() -> None:
 @pytest.mark.parametrize(
     ("rows", "product"), [(1, "mv"), (2, "matmul"), (MANY, "matmul"), (MANY + 1, "linear")]
 )
-def test_few_rows_of_a_weight_that_is_an_embedding_are_arranged_instead(
-    rows: int, product: str
-) -> None:
-    model = nn.ModuleList([linear(), nn.Embedding(96, 64, dtype=torch.bfloat16)])
-    model[1].weight = model[0].weight
-    x = torch.randn(1, rows, 64, dtype=torch.bfloat16)
-    expected = model[0](x)
-    hasten(model)
+def test_few_rows_are_arranged_instead_of_the_weight(rows: int, product: str) -> None:
+    module, x = linear(), torch.randn(1, rows, 64, dtype=torch.bfloat16)
+    expected = module(x)
+    hasten(module)
     with Calls() as calls:
-        found = model[0](x)
+        found = module(x)
     assert {"mv", "matmul", "linear"} & {*calls.names} == {product}
     assert found.shape == expected.shape
     assert error(found, expected) < 5e-3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_an_arranged_weight_can_be_had_back(dtype: torch.dtype) -> None:
-    module = linear(dtype=dtype)
-    before = module.weight.detach().clone()
-    hasten(module)
-    assert type(module) is ArrangedLinear
-    assert torch.equal(module.weight.to_dense(), before)
-    assert module.weight.dtype == dtype
+@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 64), (1, MANY + 1, 64), (5, 20, 64)])
+def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...]) -> None:
+    """Of few rows and of many, whose activation is not rounded on the way."""
+    mlp = random_gemma(vocab=320).model.layers[0].mlp
+    x = torch.randn(shape).bfloat16()
+    expected = mlp(x.float())
+    hasten(mlp.bfloat16())
+    found = mlp(x)
+    assert type(mlp) is FusedMLP
+    assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
+    assert error(found, expected) < 0.02
+
+
+def test_an_mlp_with_another_activation_is_not_fused() -> None:
+    mlp = random_gemma(vocab=320).bfloat16().model.layers[0].mlp
+    mlp.config.hidden_activation = "relu"
+    hasten(mlp)
+    assert type(mlp) is Gemma2MLP
+    assert type(mlp.down_proj) is RowLinear
+
+
+def test_a_row_has_its_logits_side_by_side() -> None:
+    model = random_gemma(vocab=320).bfloat16()
+    hasten(model)
+    assert model(torch.zeros(5, 1, dtype=torch.int64)).logits.is_contiguous()
+
+
+def test_in_float32_nothing_is_changed() -> None:
+    model = random_gemma(vocab=320)
+    before = [type(module) for module in model.modules()]
+    hasten(model)
+    assert [type(module) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -192,5 +214,6 @@ def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
     hasten(model)
     assert {name: weight.numel() for name, weight in model.named_parameters()} == before
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert type(model.lm_head) is RowLinear
-    assert sum(type(module) is ArrangedLinear for module in model.modules()) == 4 * 7
+    assert type(model.lm_head) is HeadLinear
+    assert sum(type(module) is RowLinear for module in model.modules()) == 4 * 7
+    assert sum(type(module) is FusedMLP for module in model.modules()) == 4
