@@ -298,22 +298,3 @@ def test_the_bytes_are_those_that_info_tells(
     size = table.SIZES["9b"]
     each = bytes_each(Choice(preset, ""), device=device, dtype=dtype)
     assert table.weights(size, kind) == size.parameters * each
-
-
-# What is said twice ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("readme", "page", "heading"),
-    [
-        ("README.md", "streaming.md", "What is guaranteed"),
-        ("README.zh-CN.md", "streaming.zh-CN.md", "保证什么"),
-    ],
-)
-def test_the_guarantees_are_those_of_the_readme(readme: str, page: str, heading: str) -> None:
-    def section(text: str) -> str:
-        return re.split(r"\n## ", text.partition(f"## {heading}\n")[2])[0].strip()
-
-    expected = section((ROOT / readme).read_text("utf-8"))
-    assert expected
-    assert section(told(page)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -106,6 +107,24 @@ def test_every_link_leads_to_a_place_that_is_there(site: Path, pages: dict[Path,
             assert target.exists(), f"{path}: {link}"
             if url.fragment and target in pages:
                 assert unquote(url.fragment) in pages[target].anchors, f"{path}: {link}"
+
+
+@pytest.mark.parametrize(
+    ("name", "readme", "heading"),
+    [
+        ("streaming", "README.md", "What is guaranteed"),
+        ("parameters", "README.md", "Parameters"),
+        ("zh-CN/streaming", "README.zh-CN.md", "保证什么"),
+        ("zh-CN/parameters", "README.zh-CN.md", "命令行"),
+    ],
+)
+def test_what_readme_says_once_is_shown(site: Path, name: str, readme: str, heading: str) -> None:
+    """A section whole, as far as its code tells."""
+    section = (ROOT / readme).read_text("utf-8").partition(f"\n## {heading}\n")[2]
+    prose = re.sub(r"(?ms)^```.*?^```$", "", section.partition("\n## ")[0])
+    page = (site / name / "index.html").read_text("utf-8")
+    shown = {html.unescape(each) for each in re.findall(r"<code>(.*?)</code>", page)}
+    assert set(re.findall(r"`([^`\n]+)`", prose)) <= shown
 
 
 def test_search_knows_both_languages(site: Path) -> None:

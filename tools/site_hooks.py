@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files, InclusionLevel
 
@@ -39,11 +40,24 @@ def _file(path: Path, prefix: str, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links as the site has them, where docs/ is the root."""
-    if page.file.src_uri.startswith(BESIDE):
+    """Links as the site has them, where docs/ is the root; what README says once is shown here."""
+    name = page.file.src_uri
+    if name.startswith(BESIDE):
         return markdown.replace("](../../docs/", "](../../")
+    readme = "README.zh-CN.md" if ".zh-CN." in name else "README.md"
+    once = re.compile(r"^.*\n\n<!-- README: (.*) -->$", re.MULTILINE)
+    markdown = once.sub(lambda found: _section(readme, found[1]), markdown)
     markdown = re.sub(r"^\[(English|简体中文)\]\(.*\n", "", markdown, flags=re.MULTILINE)
-    return re.sub(r"(\]\([\w-]+)\.zh-CN\.md", r"\1.md", markdown.replace("](../", "]("))
+    markdown = markdown.replace("](../", "](").replace("](docs/", "](")
+    return re.sub(r"(\]\([\w-]+)\.zh-CN\.md", r"\1.md", markdown)
+
+
+def _section(readme: str, heading: str) -> str:
+    """What stands under a heading."""
+    _, found, rest = (ROOT / readme).read_text("utf-8").partition(f"\n## {heading}\n")
+    if not found:
+        raise PluginError(f"{readme} has no section {heading!r}")
+    return rest.partition("\n## ")[0].strip()
 
 
 @event_priority(-200)
