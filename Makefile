@@ -64,7 +64,7 @@ wheel: $(VENV)/.runtime  ## build the wheel, install it into a clean environment
 
 docs: $(VENV)/.docs  ## build the documentation into site/, in English and Chinese
 	@echo "Building site/ ..."
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build  # with --quiet it would count no warning
 	@echo "Now: $(VENV)/bin/python -m http.server --bind 127.0.0.1 --directory site"
 
 bench: $(VENV)/.bench  ## measure speed, every benchmark in its quick form (ten minutes)
