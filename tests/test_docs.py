@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import pickle
 import re
 import sys
@@ -185,6 +186,9 @@ def messages(demo_engine: Gemma2Engine, tmp_path_factory: Any) -> dict[str, str]
     """What everything that goes wrong says, by name: `ParameterError: unknown parameter ...`."""
     said = {}
     with pytest.MonkeyPatch.context() as patch:
+        for variable in tuple(os.environ):  # nothing of the user's
+            if variable.startswith(("HF_", "TRANSFORMERS_")) or variable.upper().endswith("_PROXY"):
+                patch.delenv(variable)
         for name in NAMES:
             with Hub(checkpoint()) as hub:
                 for variable in ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT"):
