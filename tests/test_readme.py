@@ -26,7 +26,7 @@ DOCUMENTS = [document for pair in PAIRS for document in pair]
 ENGLISH_ALONE = {"docs/api.md"}  # our docstrings
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-EXTRAS = {*PROJECT["optional-dependencies"], "ui"}
+EXTRAS = {*PROJECT["optional-dependencies"], "ui"}  # "ui" until pyproject.toml has it
 INSTALLABLE = {".", "langchain", "bitsandbytes", *(f"gemma2-stream[{name}]" for name in EXTRAS)}
 
 # The one change that is made to the code: every name of the real Gemma 2 becomes "demo".
