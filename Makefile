@@ -26,7 +26,7 @@ BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|   
 BENCHMARKS := $(filter-out %/stack.py %_worker.py,$(wildcard benchmarks/*.py))
 VLLM := .venv-vllm
 
-.PHONY: help demo test check pytest wheel bench vllm lowest constraints clean
+.PHONY: help demo test check pytest wheel docs bench vllm lowest constraints clean
 
 help:  ## what can be made
 	@echo "make TARGET, with TARGET one of"
@@ -62,6 +62,11 @@ wheel: $(VENV)/.runtime  ## build the wheel, install it into a clean environment
 	@$(PIP) wheel $(PIP_OPTIONS) -q --no-deps --no-build-isolation -w dist .
 	@$(VENV)/bin/python tools/check_wheel.py dist/*.whl $(VENV)/.wheel $(PIP_OPTIONS)
 
+docs: $(VENV)/.docs  ## build the documentation into site/, in English and Chinese
+	@echo "Building site/ ..."
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build  # with --quiet it would count no warning
+	@echo "Now: $(VENV)/bin/python -m http.server --bind 127.0.0.1 --directory site"
+
 bench: $(VENV)/.bench  ## measure speed, every benchmark in its quick form (ten minutes)
 	@for script in $(BENCHMARKS); do \
 	echo "$$script --quick ..."; $(VENV)/bin/python $$script --quick || exit; done
@@ -76,14 +81,14 @@ constraints:  ## resolve the pins in constraints.txt anew (TORCH_VERSION= for an
 	@echo "Resolving everything in a fresh environment; constraints.txt changes if that works ..."
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PYTHON) -m venv "$$fresh"; \
-	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,bench]'; \
+	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,docs,bench]'; \
 	"$$fresh"/bin/python -m pip freeze --all --exclude pip --exclude gemma2-stream > "$$fresh"/all; \
 	{ sed -n '/^#/p' constraints.txt; \
 	  sed -E 's/\+[a-z0-9.]+$$//' "$$fresh"/all | grep -vE '^(cuda|nvidia|triton)'; } > "$$fresh"/new; \
 	cp "$$fresh"/new constraints.txt
 
 clean:  ## remove the environments and everything built
-	rm -rf .venv .venv-lowest .venv-vllm dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-vllm dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -109,7 +114,12 @@ $(VENV)/.runtime: $(VENV)/.torch pyproject.toml gemma2_stream/__init__.py
 
 $(VENV)/.test: $(VENV)/.runtime
 	@echo "Installing what the tests need, Gemma 3 270M (240 MB) among it ..."
-	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[test,dev]' $(BRIEFLY)
+	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[test,dev,docs]' $(BRIEFLY)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@echo "Installing what the documentation is built with ..."
+	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[docs]' $(BRIEFLY)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.runtime
