@@ -54,7 +54,7 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """
         like = next(pair for row in rows for pair in row)
         buffers = tuple(
-            states.new_zeros(len(rows), states.shape[0], width + 64, states.shape[2])
+            states.new_empty(len(rows), states.shape[0], width + 64, states.shape[2])
             for states in like
         )
         for number, pieces in enumerate(rows):
@@ -64,6 +64,8 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 for buffer, states in zip(buffers, pair, strict=True):
                     buffer[number, :, start:end] = states
                 end = start
+            for buffer in buffers:
+                buffer[number, :, :end] = 0
         self._buffers = buffers  # type: ignore[assignment]  # two of two
         self._show(width)
 
