@@ -41,6 +41,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
 
+ARTEFACTS = ROOT / "artefacts"  # screenshots; git does not keep them
 QUESTION, OTHER = "Who are you?", "What is a token?"
 ANSWER = '[data-step-type="assistant_message"]'
 
@@ -89,7 +90,7 @@ def browser() -> Iterator[Browser]:
         "playwright.sync_api", reason="no Playwright: pip install -e '.[test]'"
     )
     if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium, or name it in GEMMA2_STREAM_CHROMIUM")
+        pytest.skip("no Chromium: make chromium, or name it in GEMMA2_STREAM_CHROMIUM")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
@@ -104,7 +105,7 @@ def open_page(browser: Browser, serve: Serve) -> Iterator[Open]:
 
     def new(url: str | None = None, language: str = "en-US", scheme: Any = "light") -> Page:
         address = url or serve()
-        size: Any = {"width": 900, "height": 640}
+        size: Any = {"width": 900, "height": 660}
         context = browser.new_context(locale=language, color_scheme=scheme, viewport=size)
         contexts.append(context)
         page = context.new_page()
@@ -144,6 +145,12 @@ def text_longer_than(page: Page, length: int) -> str:
         return text?.length > length && text
     }}"""
     return str(page.wait_for_function(script, arg=length).json_value())
+
+
+def photograph(page: Page, name: str) -> None:
+    """The conversation from its beginning, as artefacts/`name`.png."""
+    page.locator('[data-step-type="user_message"]').first.scroll_into_view_if_needed()
+    page.screenshot(path=ARTEFACTS / f"{name}.png")
 
 
 def read(chat: ChatGemma2, *messages: Any) -> str:
@@ -361,10 +368,7 @@ def test_a_busy_engine_is_a_message(
 # Languages, looks, and other hosts ---------------------------------------------------------------
 
 
-def test_chinese_and_dark(
-    open_page: Open, demo_engine: Gemma2Engine, forwards: Forwarded, tmp_path: Path
-) -> None:
-    watch = forwards(demo_engine)
+def test_chinese_and_dark(open_page: Open, demo_engine: Gemma2Engine, forwards: Forwarded) -> None:
     page = open_page(language="zh-CN", scheme="dark")
     assert page.evaluate("document.documentElement.className") == "dark"
     assert page.get_by_placeholder("问问 Gemma 2").is_visible()
@@ -373,6 +377,9 @@ def test_chinese_and_dark(
         r"\d+ 个 token · 每秒 [\d.]+ 个 · 读入 \d+ 个 · 其中缓存 \d+ 个", statistics(page)
     )
     assert answers(page) == [ChatGemma2(engine=demo_engine).invoke("你是谁？").text]
+    ask(page, "什么是 token？")
+    statistics(page, 2)
+    photograph(page, "chinese-dark")
     page.locator("#chat-settings-open-modal").click()
     settings = page.locator("#chat-settings").inner_text()
     for words in ("设置", "系统提示", "温度", "回答长度", "确认"):
@@ -380,23 +387,22 @@ def test_chinese_and_dark(
     # "Close" is for screen readers, and Chainlit has no translation of it.
     assert {*re.findall("[A-Za-z]+", settings)} == {"token", "Close"}
     page.keyboard.press("Escape")
-    demo_engine.join()
-    watch.fail_at[watch.count + 4] = RuntimeError("坏了")
-    ask(page, "什么是 token？")
+    forwards(demo_engine).fail_at[3] = RuntimeError("坏了")
+    ask(page, "怎么流式输出？")
     page.get_by_text("这个问题没能回答。RuntimeError：坏了", exact=True).wait_for()
-    page.screenshot(path=tmp_path / "chinese-dark.png")
 
 
-def test_english_and_light(open_page: Open, tmp_path: Path) -> None:
+def test_english_and_light(open_page: Open) -> None:
     page = open_page()
     assert page.title() == "Gemma 2"
     assert page.evaluate("document.documentElement.className") == "light"
     assert not re.search("[\u4e00-\u9fff]", page.locator("body").inner_text())
-    for question in page.locator("#starters button").all_inner_texts():
-        assert question in page.locator("body").inner_text()
+    assert page.locator("#starters button").count() == 3
     page.locator("#starters button").first.click()
     statistics(page)
-    page.screenshot(path=tmp_path / "english-light.png")
+    ask(page, OTHER)
+    statistics(page, 2)
+    photograph(page, "english-light")
 
 
 def test_an_image_in_an_answer_is_not_fetched(browser: Browser, serve: Serve) -> None:
