@@ -299,6 +299,9 @@ def test_two_pages_do_not_mix(
     assert [answers(page) for page in (first, second)] == [[text] for text in expected]
     for line, question in zip(lines, (QUESTION, OTHER), strict=True):
         assert read(chat, HumanMessage(question)) in line
+    ask(second, QUESTION)
+    turns = HumanMessage(OTHER), AIMessage(expected[1]), HumanMessage(QUESTION)
+    assert read(chat, *turns) in statistics(second, 2)
 
 
 def test_a_page_that_is_reloaded_stops_the_model_and_goes_on(
