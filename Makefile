@@ -26,7 +26,7 @@ BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|   
 BENCHMARKS := $(filter-out %/stack.py %_worker.py,$(wildcard benchmarks/*.py))
 VLLM := .venv-vllm
 
-.PHONY: help demo test check pytest wheel docs bench vllm lowest constraints clean
+.PHONY: help demo test check pytest chromium wheel docs bench vllm lowest constraints clean
 
 help:  ## what can be made
 	@echo "make TARGET, with TARGET one of"
@@ -52,9 +52,17 @@ check: $(VENV)/.test  ## formatting, lint and types
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/mypy
 
-pytest: $(VENV)/.test  ## the tests alone
+pytest: $(VENV)/.test chromium  ## the tests alone
 	@echo "Running the tests; the one with real weights takes half a minute to load them ..."
 	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# With glyphs for what the page says. Without Chromium, the tests in a browser are skipped.
+FOR_BROWSER := chromium fonts-noto-cjk fonts-noto-color-emoji
+chromium:
+	@{ command -v "$${GEMMA2_STREAM_CHROMIUM:-chromium}" || command -v chromium-browser || command -v google-chrome; } > /dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && echo "Installing Chromium ..." && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(FOR_BROWSER) > /dev/null; } \
+	|| echo "The tests in a browser will be skipped; on Debian, apt-get install $(FOR_BROWSER)"
 
 wheel: $(VENV)/.runtime  ## build the wheel, install it into a clean environment, stream from it
 	@echo "Building the wheel ..."
@@ -81,14 +89,14 @@ constraints:  ## resolve the pins in constraints.txt anew (TORCH_VERSION= for an
 	@echo "Resolving everything in a fresh environment; constraints.txt changes if that works ..."
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PYTHON) -m venv "$$fresh"; \
-	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,docs,bench]'; \
+	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,docs,bench,ui]'; \
 	"$$fresh"/bin/python -m pip freeze --all --exclude pip --exclude gemma2-stream > "$$fresh"/all; \
 	{ sed -n '/^#/p' constraints.txt; \
 	  sed -E 's/\+[a-z0-9.]+$$//' "$$fresh"/all | grep -vE '^(cuda|nvidia|triton)'; } > "$$fresh"/new; \
 	cp "$$fresh"/new constraints.txt
 
 clean:  ## remove the environments and everything built
-	rm -rf .venv .venv-lowest .venv-vllm dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-vllm dist site artefacts .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(VENV)/.made:
@@ -114,7 +122,7 @@ $(VENV)/.runtime: $(VENV)/.torch pyproject.toml gemma2_stream/__init__.py
 
 $(VENV)/.test: $(VENV)/.runtime
 	@echo "Installing what the tests need, Gemma 3 270M (240 MB) among it ..."
-	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[test,dev,docs]' $(BRIEFLY)
+	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[test,dev,docs,ui]' $(BRIEFLY)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime

@@ -27,6 +27,7 @@ FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 128 + 2, 128 + 13
 
 _USAGE = """gemma2-stream [options] "question"
        gemma2-stream chat [options]
+       gemma2-stream ui [options]
        gemma2-stream download MODEL [options]
        gemma2-stream info [options]"""
 
@@ -36,11 +37,12 @@ Ask a Gemma 2 that runs on this machine, and see the answer as it is made.
   gemma2-stream "question"           asks
   ls | gemma2-stream "explain"       asks, with the piped text below the question
   gemma2-stream chat                 talks with you, until Ctrl-D
+  gemma2-stream ui                   talks with you in the browser
   gemma2-stream download MODEL       fetches a model and prints its folder
   gemma2-stream info                 tells what would be used
 
-`chat`, `download` and `info` are commands when they come first. To ask just that
-word: gemma2-stream -- info"""
+`chat`, `ui`, `download` and `info` are commands when they come first. To ask just
+that word: gemma2-stream -- info"""
 
 _EPILOG = """\
 stdout gets the answer and a final newline, nothing else. Exit status: 0, or 1 for
@@ -55,6 +57,12 @@ _CHAT_EPILOG = """\
 Exit status: 0, or 1 for an error, 2 for wrong usage, 130 after Ctrl-C, 141 when the
 reader of stdout left. A question that fails does not end the conversation; without a
 terminal, the status at the end is then 1."""
+
+_UI_DESCRIPTION = """\
+Talk with the model in the browser, in English or Chinese, as the browser prefers. Needs
+the extra: pip install 'gemma2-stream[ui]'. Serves this machine only, unless --host says
+otherwise; whoever reaches the page can use it. The options of the answer are what its
+settings begin with, for each who opens it."""
 
 _UNSET = {"max_new_tokens": "all that the context holds"} | dict.fromkeys(
     ("seed", "stop", "timeout"), "none"
@@ -136,7 +144,12 @@ def _unicode(argument: str) -> str:
 
 def _parsed(argv: list[str]) -> argparse.Namespace:
     """Arguments with `run`, the function that does what they ask for."""
-    commands = {"chat": _chat_parser, "download": _download_parser, "info": _info_parser}
+    commands = {
+        "chat": _chat_parser,
+        "ui": _ui_parser,
+        "download": _download_parser,
+        "info": _info_parser,
+    }
     if argv and argv[0] in commands:
         return commands[argv[0]]().parse_args(argv[1:])
     parser = _ask_parser()
@@ -179,6 +192,23 @@ def _chat_parser() -> argparse.ArgumentParser:
     _add_sampling(parser)
     _add_loading(_add_model(parser))
     parser.set_defaults(run=_chat)
+    return parser
+
+
+def _ui_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gemma2-stream ui",
+        description=_UI_DESCRIPTION,
+        epilog="Exit status: 1 for an error, 2 for wrong usage, 130 after Ctrl-C.",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: %(default)s")
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="0 takes a free one; default: %(default)s"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="only tell the address")
+    _add_sampling(parser)
+    _add_loading(_add_model(parser))
+    parser.set_defaults(run=_ui)
     return parser
 
 
@@ -249,6 +279,12 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--timeout", metavar="S", type=float, help="give up after so many seconds")
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, from 0 to 65535")
+    return int(text)
+
+
 def _unescaped(text: str) -> str:
     """A newline is hard to type in some shells, so `\\n` is one; other backslashes stay."""
     meaning = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
@@ -296,6 +332,15 @@ def _chat(args: argparse.Namespace, out: IO[str]) -> int:
 
     chat = ChatGemma2(**_given(args, *_LOADING, *_SAMPLING))
     return terminal_chat.run(chat, system=args.system, out=out)
+
+
+def _ui(args: argparse.Namespace, out: IO[str]) -> int:
+    from .chat import ChatGemma2
+    from .ui import server
+
+    chat = ChatGemma2(**_given(args, *_LOADING, *_SAMPLING))
+    server.serve(chat, host=args.host, port=args.port, browser=not args.no_browser)
+    return 0
 
 
 def _download(args: argparse.Namespace, out: IO[str]) -> int:

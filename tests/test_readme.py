@@ -26,8 +26,9 @@ DOCUMENTS = [document for pair in PAIRS for document in pair]
 ENGLISH_ALONE = {"docs/api.md"}  # our docstrings
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-EXTRAS = {*PROJECT["optional-dependencies"], "ui"}  # "ui" until pyproject.toml has it
-INSTALLABLE = {".", "langchain", "bitsandbytes", *(f"gemma2-stream[{name}]" for name in EXTRAS)}
+EXTRAS = PROJECT["optional-dependencies"]
+OURS = {f"{name}[{extra}]" for name in (".", "gemma2-stream") for extra in EXTRAS}
+INSTALLABLE = {".", "langchain", "bitsandbytes", *OURS}
 
 # The one change that is made to the code: every name of the real Gemma 2 becomes "demo".
 REAL_MODEL = re.compile(r'"[\w/.-]*(?:LLM-Research|google)/gemma-2-\w+-it"')
