@@ -49,6 +49,7 @@ sections = [
     )
     for path in [*root.glob("README*.md"), *root.glob("docs/**/*.md")]
     for section in re.split(r"^(?=##+ )", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if len(section) > 200  # a bare title answers nothing
 ]
 embeddings = NGrams([section.page_content for section in sections])
 # By meaning instead, with weights to download (pip install langchain-huggingface

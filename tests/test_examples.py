@@ -17,6 +17,7 @@ from typing import Any
 
 import nbformat
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from nbclient import NotebookClient
 
@@ -51,6 +52,13 @@ def rag() -> dict[str, Any]:
         patch.setattr(sys, "argv", ["rag.py"])
         example = runpy.run_path(str(ROOT / "examples" / "rag.py"))
     return example | {"printed": out.getvalue()}
+
+
+class Asked(BaseCallbackHandler):
+    """Keeps the last prompt of a chat model."""
+
+    def on_chat_model_start(self, serialized: Any, messages: Any, **kwargs: Any) -> None:
+        self.prompt = messages[0][-1].text
 
 
 def batch_file() -> dict[str, Any]:
@@ -154,32 +162,32 @@ def test_agent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_rag_finds_what_is_told(rag: dict[str, Any], question: str, told: str) -> None:
-    """In the first section that it finds, and few others have it; the answer comes in pieces."""
+    """In one of the three sections that it finds, and few have it; the answer comes in pieces."""
     sections = [section.page_content for section in rag["sections"]]
     assert 1 <= sum(told in section for section in sections) < len(sections) / 10
 
-    asked, found, *answer = rag["chain"].stream({"question": question})
+    seen = Asked()
+    config = {"callbacks": [seen]}
+    asked, found, *answer = rag["chain"].stream({"question": question}, config)
     assert asked == {"question": question}
     assert len(found["found"]) == 3
-    assert told in found["found"][0].page_content
+    assert any(told in section.page_content for section in found["found"])
     assert sum(bool(part["answer"]) for part in answer) >= 3
 
     # What the toy makes of it is nothing, but it was asked the question with what was found.
-    given = {"question": question, "documentation": rag["documentation"](found)}
-    prompt = rag["prompt"].invoke(given)
-    assert rag["chat"].invoke(prompt).text == "".join(part["answer"] for part in answer)
-    assert all(section.page_content in prompt.to_string() for section in found["found"])
+    assert seen.prompt.endswith(f"Question: {question}")
+    assert all(section.page_content in seen.prompt for section in found["found"])
 
 
 def test_rag_prints_its_sources(rag: dict[str, Any]) -> None:
     first, second, rest = rag["printed"].split("\n\n")
     assert rest == ""
     for printed, question in ((first, "How do I cancel an answer?"), (second, "什么是前缀缓存？")):
-        said = rag["chain"].invoke({"question": question})
-        assert printed.startswith(f"> {question}\n{said['answer']}\n")
-        sources = [f"[{section.metadata['source']}]" for section in said["found"]]
+        found = rag["store"].as_retriever(search_kwargs={"k": 3}).invoke(question)
+        assert printed.startswith(f"> {question}\n")
+        sources = [f"[{section.metadata['source']}]" for section in found]
         assert printed.splitlines()[-3:] == sources
-        for section in said["found"]:
+        for section in found:
             document, _, heading = section.metadata["source"].partition(", ")
             assert section.page_content in (ROOT / document).read_text(encoding="utf-8")
             assert section.page_content.startswith(f"{heading}\n")
