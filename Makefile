@@ -88,7 +88,7 @@ lowest:  ## the tests with the oldest versions that pyproject.toml admits
 constraints:  ## resolve the pins in constraints.txt anew (TORCH_VERSION= for another torch)
 	@echo "Resolving everything in a fresh environment; constraints.txt changes if that works ..."
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
-	$(PYTHON) -m venv "$$fresh"; \
+	$(PYTHON) -m venv "$$fresh"; "$$fresh"/bin/python -m pip install -q --upgrade pip; \
 	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,docs,bench,ui]'; \
 	"$$fresh"/bin/python -m pip freeze --all --exclude pip --exclude gemma2-stream > "$$fresh"/all; \
 	{ sed -n '/^#/p' constraints.txt; \
