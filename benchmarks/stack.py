@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
@@ -28,6 +29,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
 from gemma2_stream.attention import prefer_grouped
 from gemma2_stream.presets import LARGE, choose
 from gemma2_stream.products import hasten
+
+T = TypeVar("T")
 
 END_IDS = (0, 1, 107)  # <pad>, <eos>, <end_of_turn>
 
@@ -82,6 +85,17 @@ def _fill(flat: torch.Tensor, noise: torch.Tensor) -> None:
         flat[start : start + len(noise)] = noise[: len(flat) - start]
 
 
+def speaking_stack(layers: int, ids: Sequence[int]) -> Gemma2ForCausalLM:
+    """A `random_stack` of bfloat16 that can `say_only` these ids, made `aside`."""
+
+    def work() -> Gemma2ForCausalLM:
+        model = random_stack(layers)
+        say_only(model, ids)
+        return model
+
+    return aside(work)
+
+
 def words(tokenizer: Any) -> list[int]:
     """Ids of words with the space before them: the text of any sequence encodes to the sequence."""
     pieces = ((token_id, piece) for piece, token_id in tokenizer.get_vocab().items())
@@ -111,6 +125,17 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
     if choice.preset == "speed":
         hasten(mine)
     return mine
+
+
+def aside(work: Callable[[], T]) -> T:
+    """What `work()` returns, run in a thread that ends with it, as its OpenMP threads do then.
+
+    They are kept for every thread that ever needed some. Once there are more of them than
+    processors they sleep between operations instead of spinning, and a step of another thread's
+    takes up to a third longer. A user's process has one engine's; so has a benchmark's, like this.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def save(folder: str | Path, model: Gemma2ForCausalLM, tokenizer: Any) -> None:

@@ -18,14 +18,16 @@ Why: a server has as many users at once as it can serve, and they come when they
 pays for many is the sum of tokens a second; what each of them feels is the first token and the
 pace, so they stand beside it.
 
-How: The arms take turns within a round, in another order each round, and ratios are between arms
-of the same round. The first round has every number of requests; the others only the goals', until
-`--minutes` would be exceeded. Every arm of a round gets the same token ids; no ids are ever used
-again, so that nobody's prefix cache has the answer. Engines are as their users have them, but for
-the number of rows, which is the largest that is asked for. Every arm is warmed up, and must make
-exactly as many tokens as it is asked for: the rows of other ids than words are zero in the table,
-so no turn ends. Seconds run from handing in to the last token at the caller; the first token is
-the mean over requests of the first's arrival, where the caller gets one before the end.
+How: Each run has the process to itself: an engine of ours is made for it and closed after it, and
+what torch does for the others happens in a thread that ends (`aside`). The arms take turns within a
+round, in another order each round, and ratios are between arms of the same round. The first round
+has every number of requests; the others only the goals', until `--minutes` would be exceeded. Every
+arm of a round gets the same token ids; no ids are ever used again, so that nobody's prefix cache
+has the answer. Engines are as their users have them, but for the number of rows, which is the
+largest that is asked for. Every arm is warmed up, and must make exactly as many tokens as it is
+asked for: the rows of other ids than words are zero in the table, so no turn ends. Seconds run from
+handing in to the last token at the caller; the first token is the mean over requests of the first's
+arrival, where the caller gets one before the end.
     in turn    One request is timed beside each of the goals' numbers: the next would take as long,
                so tokens a second are those of one.
     vLLM       Its own `LLMEngine.step` in one process without another thread (vllm_worker.py),
@@ -56,6 +58,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +67,7 @@ import torch
 import transformers
 from grammars import typed
 from langchain_huggingface import HuggingFacePipeline
-from stack import as_loaded, random_stack, save, say_only, words
+from stack import as_loaded, aside, save, speaking_stack, words
 from streaming import (
     INK,
     OURS,
@@ -118,7 +121,7 @@ Times = dict[str, list[float]]
 Arm = Callable[[Prompts, int], Times]
 
 
-def ours(engine: Gemma2Engine) -> Arm:
+def ours(make: Callable[[], Gemma2Engine]) -> Arm:
     def read(stream: Any, began: float, tokens: int) -> tuple[float, float]:
         first = made = 0
         for chunk in stream:
@@ -129,11 +132,11 @@ def ours(engine: Gemma2Engine) -> Arm:
 
     def run(given: Prompts, tokens: int) -> Times:
         params = SamplingParams(max_new_tokens=tokens)
-        with ThreadPoolExecutor(len(given)) as pool:
+        with make() as engine, ThreadPoolExecutor(len(given)) as pool:
             began = time.perf_counter()
             streams = engine.submit_each([Request(tuple(ids), params) for ids in given])
             both = list(pool.map(lambda stream: read(stream, began, tokens), streams))
-        engine.join()
+            engine.join()
         return {"first": [first for first, _ in both], "last": [last for _, last in both]}
 
     return run
@@ -259,8 +262,10 @@ def vllm(options: argparse.Namespace, model: Any, tokenizer: Any, stack: ExitSta
 # Rounds --------------------------------------------------------------------------------------
 
 
-def arms_of(model: Any, tokenizer: Any, engine: Gemma2Engine, other: Vllm | None) -> dict[str, Arm]:
-    alone = {"ours": ours(engine)} | ({"vLLM": other} if other else {})
+def arms_of(
+    model: Any, tokenizer: Any, make: Callable[[], Gemma2Engine], other: Vllm | None
+) -> dict[str, Arm]:
+    alone = {"ours": ours(make)} | ({"vLLM": other} if other else {})
     return alone | {
         IN_TURN: stock(model),
         BATCH: stock(model),
@@ -284,7 +289,7 @@ def rounds(options: argparse.Namespace, arms: dict[str, Arm], vocabulary: list[i
     found: dict[str, dict[int, list[Times]]] = {name: {} for name in arms}
     for name, arm in arms.items():
         say(f"warming up: {name}")
-        arm(prompts(vocabulary, f"warm {name}", 2), 2)
+        aside(partial(arm, prompts(vocabulary, f"warm {name}", 2), 2))
     began, again = time.perf_counter(), set(plan(arms, options.numbers, first=False))
     for number in range(options.rounds):
         took = 0.0  # by what a further round would do
@@ -294,7 +299,7 @@ def rounds(options: argparse.Namespace, arms: dict[str, Arm], vocabulary: list[i
         for rows, name in work:
             start = time.perf_counter()
             given = prompts(vocabulary, f"{number} {rows}", 1 if name in ONE else rows)
-            times = arms[name](given, options.tokens)
+            times = aside(partial(arms[name], given, options.tokens))
             found[name].setdefault(rows, []).append(times)
             took += (time.perf_counter() - start) * ((rows, name) in again)
             rate = rate_of(times, options.tokens)
@@ -348,8 +353,7 @@ def counted(model: Any, before: Callable[[int], None] = lambda number: None) -> 
 def arrivals(tokenizer: Any, vocabulary: list[int]) -> Result:
     """Forwards to answer requests that come while others are answered, and to first tokens."""
     say("arrivals: counting forwards")
-    model = random_stack(1)
-    say_only(model, vocabulary)
+    model = speaking_stack(1, vocabulary)
     params = SamplingParams(max_new_tokens=ANSWER)
     given = prompts(vocabulary, "arrivals", ARRIVALS)
     due = [threading.Event() for _ in given]
@@ -517,15 +521,14 @@ def plot(document: Result, path: str) -> None:
 def measure(options: argparse.Namespace) -> Result:
     tokenizer = load_tokenizer()
     vocabulary = words(tokenizer)
-    figures: Result = {"arrivals": arrivals(tokenizer, vocabulary)}
+    figures: Result = {"arrivals": aside(partial(arrivals, tokenizer, vocabulary))}
     say(f"making {options.layers} layers")
-    model = random_stack(options.layers)
-    say_only(model, vocabulary)
+    model = speaking_stack(options.layers, vocabulary)
     figures["parameters"] = sum(weight.numel() for weight in model.parameters())
     with watching(figures), ExitStack() as stack:
         other = vllm(options, model, tokenizer, stack)
-        engine = stack.enter_context(engine_of(model, tokenizer, max_rows=max(options.numbers)))
-        arms = arms_of(model, tokenizer, engine, other)
+        make = partial(engine_of, model, tokenizer, max_rows=max(options.numbers))
+        arms = arms_of(model, tokenizer, make, other)
         figures["arms"] = rounds(options, arms, vocabulary)
         figures["vllm"] = other.version if other else None
     return figures
