@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tiny import DEMO
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemma2_stream.detokenizer import PieceDetokenizer, WholeDetokenizer, detokenizer_for
-from tests.conftest import DEMO
 
 TEXTS = [
     "The quick brown fox,   jumps over\n\n\nthe lazy dog's tail…",

@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from langchain_core.messages import HumanMessage
 from pydantic import AnyUrl, BaseModel, Field, TypeAdapter
+from tiny import DEMO
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
@@ -38,7 +39,6 @@ from gemma2_stream.grammar import Constraint, Grammars
 from gemma2_stream.prompt import PromptEncoder
 from gemma2_stream.sampling import Chooser, RowLogits
 from gemma2_stream.tools import AnswerFormat, Tool
-from tests.conftest import DEMO
 
 
 class Colour(enum.Enum):

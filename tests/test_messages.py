@@ -20,13 +20,13 @@ from langchain_core.messages import (
     ToolMessage,
     trim_messages,
 )
+from tiny import DEMO
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemma2_stream import ChatGemma2, Gemma2Engine, PromptError
 from gemma2_stream.messages import turns_of
 from gemma2_stream.prompt import PromptEncoder, alternating
 from gemma2_stream.tools import AnswerFormat, Tool
-from tests.conftest import DEMO
 
 # From messages to turns ------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import random_gemma
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -23,7 +24,6 @@ from gemma2_stream.products import (
     hasten,
     shrink,
 )
-from tests.tiny import random_gemma
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = (1, 2, FEW, FEW + 1, 40)

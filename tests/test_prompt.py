@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import DEMO
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemma2_stream import PromptError
 from gemma2_stream.prompt import PromptEncoder
-from tests.conftest import DEMO
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
 BOS, START, END = "<bos>", "<start_of_turn>", "<end_of_turn>"
