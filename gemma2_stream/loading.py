@@ -8,11 +8,9 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from . import hub
 from .errors import CheckpointError, ParameterError
@@ -21,8 +19,6 @@ from .types import ENGINE_OPTIONS, check_options, check_static
 
 if TYPE_CHECKING:
     from .engine import Gemma2Engine
-
-T = TypeVar("T")
 
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 ATTENTIONS = (
@@ -207,27 +203,7 @@ def _loaded(weights: _Weights) -> tuple[Any, Any]:
     for (known, _), engine in _by_weights.items():
         if known == weights and not engine.closed:
             return engine.model, engine.tokenizer
-    return _aside(lambda: _load(weights))
-
-
-def _aside(load: Callable[[], T]) -> T:
-    """What `load()` returns or raises, in a thread that ends with it; Ctrl-C does not wait for it.
-
-    OpenMP keeps threads for every thread that needed some. Once they are more than the processors,
-    all sleep between operations, and the worker's steps would take up to a third longer.
-    """
-    result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(load())
-        except BaseException as error:
-            result.set_exception(error)
-
-    thread = threading.Thread(target=run, name="gemma2-load", daemon=True)
-    thread.start()
-    thread.join()
-    return result.result()
+    return _load(weights)
 
 
 def pick_preset(preset: str | None, folder: Path, dtype: str, device_map: str) -> Choice:
