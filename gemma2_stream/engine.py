@@ -104,11 +104,7 @@ class Gemma2Engine:
             check_static(options, None if assistant is None else _path(assistant))
             _check_places(model)
             max_rows, prefix_cache_bytes = 1, 0
-        if not getattr(tokenizer, "is_fast", False):
-            raise ParameterError(
-                f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer: load it with "
-                "AutoTokenizer from a folder that has tokenizer.json"
-            )
+        _check_fast(tokenizer)
         self.model = model
         self.tokenizer = tokenizer
         self.name = name or model.config._name_or_path or f"unnamed-{uuid.uuid4().hex}"
@@ -123,15 +119,17 @@ class Gemma2Engine:
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.attn_implementation: str | None = model.config._attn_implementation
         self.context_length: int = model.config.get_text_config().max_position_embeddings
+        self.max_waiting = max_waiting
         free, each = free_bytes(self.device), token_bytes(model.config, model.dtype)
         if prefix_cache_bytes is None:
             prefix_cache_bytes = min(int(free * _PREFIX_SHARE), _PREFIX_MOST)
-        if max_cached_tokens is None:
-            max_cached_tokens = max(free // 2 // each, self.context_length)
-        self.max_waiting = max_waiting
         self.prefixes = PrefixCache(prefix_cache_bytes)
-        join = can_join(model.config) and not static_cache
-        self._limits = Limits(max_rows or MAX_ROWS, max_cached_tokens, each, join)
+        self._limits = Limits(
+            max_rows=max_rows or MAX_ROWS,
+            max_cached_tokens=max_cached_tokens or max(free // 2 // each, self.context_length),
+            token_bytes=each,
+            join=can_join(model.config) and not static_cache,
+        )
         # Any other length would be compiled for anew, in the middle of an answer.
         self._cache = (
             StaticCache(config=model.config, max_cache_len=self.context_length)
@@ -400,6 +398,14 @@ def _drafters(model: Any, assistant: Any, tokens: int | None) -> list[Drafter]:
                 "speculation must: leave out assistant and prompt_lookup_num_tokens"
             )
     return drafters
+
+
+def _check_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ParameterError(
+            f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer: load it with "
+            "AutoTokenizer from a folder that has tokenizer.json"
+        )
 
 
 def _check_places(model: Any) -> None:

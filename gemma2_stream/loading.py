@@ -245,12 +245,29 @@ def _is_quantized(folder: Path) -> bool:
 
 
 def _load(weights: _Weights) -> tuple[Any, Any]:
+    """The model and the tokenizer, as the preset and the attention that is best want them."""
+    import torch
+
+    from .attention import prefer_grouped
+    from .products import hasten, shrink
+
+    model, tokenizer = _read(weights)
+    if device_kind(weights.device_map) == "cpu":
+        if weights.preset == "memory":
+            shrink(model, getattr(torch, weights.dtype))
+        elif weights.preset == "speed":
+            hasten(model)
+    if weights.attention is None:
+        prefer_grouped(model)
+    return model, tokenizer
+
+
+def _read(weights: _Weights) -> tuple[Any, Any]:
+    """The model and the tokenizer as transformers makes them."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .attention import prefer_grouped
 
     folder, dtype, device_map = weights.folder, weights.dtype, weights.device_map
     preset, attention = weights.preset, weights.attention
@@ -290,16 +307,6 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
             f"{str(folder)!r} lacks {len(absent)} weights that transformers would make up, such "
             f"as {absent[0]!r}: copy the whole checkpoint there"
         )
-    if in_int8:
-        from .products import shrink
-
-        shrink(model, getattr(torch, dtype))
-    elif preset == "speed" and device_kind(device_map) == "cpu":
-        from .products import hasten
-
-        hasten(model)
-    if attention is None:
-        prefer_grouped(model)
     return model, tokenizer
 
 
