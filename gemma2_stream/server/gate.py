@@ -87,7 +87,7 @@ class _Passing:
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             said = _too_large(self._most)
-            raise HTTPException(said.status, said.message, headers=said.headers)
+            raise HTTPException(said.status, said.message)
         return message
 
     async def send(self, message: Message) -> None:
@@ -97,6 +97,6 @@ class _Passing:
 
 
 def _too_large(most: int) -> Refusal:
-    # What is not read must not be taken for the next request.
-    close = {"Connection": "close"}
-    return Refusal(413, f"the body has more than {most:,} bytes", headers=close)
+    # The connection stays: who is still writing would not read why it was closed. uvicorn drops
+    # the rest, for as long as a request may take to come.
+    return Refusal(413, f"the body has more than {most:,} bytes")

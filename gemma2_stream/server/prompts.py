@@ -25,6 +25,8 @@ from ..types import Engine, Request, SamplingParams, Turn
 from .requests import ChatRequest, Message, Sampled, TextRequest
 from .settings import Settings
 
+_TEXT_TOKENS = 16  # OpenAI's default of the older endpoint
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -54,7 +56,8 @@ def chat_work(asked: ChatRequest, engine: Engine, settings: Settings) -> Work:
 def text_work(asked: TextRequest, engine: Engine, settings: Settings) -> Work:
     """Raises ParameterError, PromptError or PromptTooLongError."""
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-    rows = _rows(prompts, asked, asked.max_tokens, engine, settings, raw=True)
+    limit = asked.max_tokens or min(_TEXT_TOKENS, settings.max_tokens or _TEXT_TOKENS)
+    rows = _rows(prompts, asked, limit, engine, settings, raw=True)
     return Work(tuple(rows), asked.n or 1, AnswerFormat())
 
 
@@ -94,8 +97,8 @@ def _rows(
         ids = tuple(engine.encode(prompt, raw=raw))
         if len(ids) > most:
             raise PromptTooLongError(
-                f"the prompt has {len(ids):,} tokens, and at most {most:,} leave room for an "
-                "answer here: shorten the prompt"
+                f"the prompt is too long: it has {len(ids):,} tokens, and at most {most:,} leave "
+                "room for an answer here"
             )
         for choice in range(each):
             yield Request(ids, _seeded(params, choice), grammar)

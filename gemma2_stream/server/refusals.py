@@ -116,7 +116,8 @@ def _invalid(error: RequestValidationError) -> Refusal:
             return Refusal(400, message, param=place, code="missing_required_parameter")
         case "value_error":  # ours, which begins with the name of what is wrong
             message = message.removeprefix("Value error, ")
-            place = ".".join([*filter(None, [place]), message.split()[0]])
+            where = f"{place}." if place else ""
+            place, message = where + message.split()[0], where + message
         case _ if place is None:
             message = "the body is no JSON object, or Content-Type is not application/json"
         case _:

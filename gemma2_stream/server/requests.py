@@ -108,7 +108,7 @@ class Sampled(Wire):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     stop: (
         Annotated[str, Field(min_length=1)]
@@ -164,10 +164,12 @@ class ChatRequest(Sampled):
 
 
 class TextRequest(Sampled):
-    """`POST /v1/completions`. The prompt is all that the model reads, after exactly one BOS."""
+    """`POST /v1/completions`. The prompt is all that the model reads, after exactly one BOS.
+
+    `max_tokens` is 16 when it is not given, as OpenAI has it.
+    """
 
     prompt: str | Annotated[list[str], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16  # as OpenAI has it
     logprobs: None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
