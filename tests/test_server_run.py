@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,12 @@ from tiny import DEMO
 
 from gemma2_stream import Gemma2Engine, ParameterError
 from gemma2_stream.cli import main
-from gemma2_stream.server import Keys, Settings, run
+from gemma2_stream.server import Keys, Settings, create_app, run
+from gemma2_stream.server.metrics import Metrics
+from gemma2_stream.server.requests import ChatRequest
 from gemma2_stream.testing import FakeEngine
+
+ROOT = DEMO.parent.parent
 
 # Keys --------------------------------------------------------------------------------------------
 
@@ -212,6 +217,26 @@ def test_serve_says_what_to_install() -> None:
     assert done.returncode == 2
     assert "pip install 'gemma2-stream[server]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("page", ["server.md", "server.zh-CN.md"])
+def test_the_page_tells_what_is_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, fields, paths and metrics: all of them, and no other."""
+    told = (ROOT / "docs" / page).read_text("utf-8")
+    assert main(["serve", "--help"]) == 0
+    options = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out))
+    assert set(re.findall(r"--[a-z][\w-]+", told)) <= options
+    refused = {"logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty"}
+    refused |= {"modalities", "service_tier", "store"}
+    fields = {*ChatRequest.model_fields, "model"} - refused
+    assert {name for name in fields if f"`{name}`" not in told} == {"model"}
+    app = create_app(FakeEngine([]))
+    paths = {*app.openapi()["paths"], "/openapi.json"}
+    rows = [row.split("|")[1] for row in told.splitlines() if row.startswith("| `/")]
+    assert set(re.findall(r"`(.+?)`", " ".join(rows))) == paths
+    names = {metric.name for metric in Metrics().registry.collect()}
+    counted = set(re.findall(r"`(\w+?(?:_total|_seconds|_waiting|_answering))`", told))
+    assert {f"gemma2_stream_{name.removesuffix('_total')}" for name in counted} == names
 
 
 def test_nothing_else_imports_the_server() -> None:
