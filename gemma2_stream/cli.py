@@ -28,6 +28,7 @@ FAILED, MISUSED, INTERRUPTED, PIPE_CLOSED = 1, 2, 128 + 2, 128 + 13
 _USAGE = """gemma2-stream [options] "question"
        gemma2-stream chat [options]
        gemma2-stream ui [options]
+       gemma2-stream serve [MODEL] [options]
        gemma2-stream download MODEL [options]
        gemma2-stream info [options]"""
 
@@ -38,11 +39,12 @@ Ask a Gemma 2 that runs on this machine, and see the answer as it is made.
   ls | gemma2-stream "explain"       asks, with the piped text below the question
   gemma2-stream chat                 talks with you, until Ctrl-D
   gemma2-stream ui                   talks with you in the browser
+  gemma2-stream serve MODEL          answers OpenAI's clients
   gemma2-stream download MODEL       fetches a model and prints its folder
   gemma2-stream info                 tells what would be used
 
-`chat`, `ui`, `download` and `info` are commands when they come first. To ask just
-that word: gemma2-stream -- info"""
+`chat`, `ui`, `serve`, `download` and `info` are commands when they come first. To ask
+just that word: gemma2-stream -- info"""
 
 _EPILOG = """\
 stdout gets the answer and a final newline, nothing else. Exit status: 0, or 1 for
@@ -63,6 +65,17 @@ Talk with the model in the browser, in English or Chinese, as the browser prefer
 the extra: pip install 'gemma2-stream[ui]'. Serves this machine only, unless --host says
 otherwise; whoever reaches the page can use it. The options of the answer are what its
 settings begin with, for each who opens it."""
+
+_SERVE_DESCRIPTION = """\
+Answer OpenAI's clients at /v1/chat/completions, /v1/completions and /v1/models, with
+/health and /metrics beside them. Needs the extra: pip install 'gemma2-stream[server]'.
+Requests are decoded together. stderr gets the log, a JSON object a line, without the
+text of prompts and answers."""
+
+_SERVE_EPILOG = """\
+Keys come from --api-key-file, one a line, or from $GEMMA2_STREAM_API_KEYS, parted by
+commas. Ctrl-C and SIGTERM let answers in the making end; a second one does not. Exit
+status: 1 for an error, 2 for wrong usage, 130 after Ctrl-C."""
 
 _UNSET = {"max_new_tokens": "all that the context holds"} | dict.fromkeys(
     ("seed", "stop", "timeout"), "none"
@@ -147,6 +160,7 @@ def _parsed(argv: list[str]) -> argparse.Namespace:
     commands = {
         "chat": _chat_parser,
         "ui": _ui_parser,
+        "serve": _serve_parser,
         "download": _download_parser,
         "info": _info_parser,
     }
@@ -212,6 +226,38 @@ def _ui_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _serve_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gemma2-stream serve", description=_SERVE_DESCRIPTION, epilog=_SERVE_EPILOG
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", default=_default_model(), help=_MODEL_HELP
+    )
+    add = parser.add_argument
+    add("--name", metavar="NAME", help="what clients call it; default: MODEL, or a folder's name")
+    add("--host", default="127.0.0.1", help="where to listen; default: %(default)s")
+    add("--port", type=int, default=8000, help="default: %(default)s")
+    add("--api-key-file", metavar="FILE", help="the keys that are let in, one a line")
+    add("--allow-public-without-key", action="store_true", help="let everybody in")
+    add("--cors-origin", metavar="URL", action="append", help="a page that may ask; repeatable")
+    limits = parser.add_argument_group("limits")
+    add = limits.add_argument
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    add("--max-prompt-tokens", **number, help="default: what the context holds")
+    add("--max-tokens", **number, help="of one answer; default: what the context holds")
+    add("--max-seconds", type=float, default=600.0, metavar="S", help="default: %(default)s")
+    add("--max-body-bytes", **number, default=4 * 2**20, help="default: %(default)s")
+    add("--max-connections", **number, default=256, help="default: %(default)s")
+    add("--max-rows", **number, help="answers made at once; default: 32, as memory allows")
+    add("--max-waiting", **number, default=128, help="more get 503; default: %(default)s")
+    add(
+        "--drain-seconds", **number, default=60, help="for answers at the end; default: %(default)s"
+    )
+    _add_loading(_add_weights(parser.add_argument_group("the model")))
+    parser.set_defaults(run=_serve)
+    return parser
+
+
 def _info_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="gemma2-stream info",
@@ -235,16 +281,23 @@ def _download_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_MODEL_HELP = (
+    "a ModelScope id (LLM-Research/gemma-2-9b-it), a Hugging Face id (google/gemma-2-9b-it), a "
+    "folder, or demo, the toy inside this package; default: $GEMMA2_STREAM_MODEL, or demo"
+)
+
+
+def _default_model() -> str:
+    return os.environ.get("GEMMA2_STREAM_MODEL") or "demo"
+
+
 def _add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--model",
-        metavar="MODEL",
-        default=os.environ.get("GEMMA2_STREAM_MODEL") or "demo",
-        help="a ModelScope id (LLM-Research/gemma-2-9b-it), a Hugging Face id "
-        "(google/gemma-2-9b-it), a folder, or demo, the toy inside this package; "
-        "default: $GEMMA2_STREAM_MODEL, or demo",
-    )
+    group.add_argument("--model", metavar="MODEL", default=_default_model(), help=_MODEL_HELP)
+    return _add_weights(group)
+
+
+def _add_weights(group: argparse._ArgumentGroup) -> argparse._ArgumentGroup:
     group.add_argument("--dtype", metavar="DTYPE", help="auto, bfloat16, float32 or float16")
     group.add_argument("--device-map", metavar="MAP", help="where to load it: auto, cpu, cuda:0")
     group.add_argument("--preset", metavar="PRESET", help="auto, exact, speed or memory")
@@ -341,6 +394,43 @@ def _ui(args: argparse.Namespace, out: IO[str]) -> int:
     chat = ChatGemma2(**_given(args, *_LOADING, *_SAMPLING))
     server.serve(chat, host=args.host, port=args.port, browser=not args.no_browser)
     return 0
+
+
+def _serve(args: argparse.Namespace, out: IO[str]) -> int:
+    from .chat import ChatGemma2
+    from .server import Keys, Settings, run
+
+    settings = Settings(
+        model=args.name or _public_name(args.model),
+        keys=Keys(_keys(args.api_key_file)),
+        cors_origins=tuple(args.cors_origin or ()),
+        **_given(args, "max_prompt_tokens", "max_tokens", "max_seconds", "max_body_bytes"),
+    )
+    run.check_address(args.host, settings, public_without_key=args.allow_public_without_key)
+    engine = ChatGemma2(**_given(args, *_LOADING, "max_rows", "max_waiting")).engine
+    return run.serve(
+        engine,
+        settings,
+        host=args.host,
+        port=args.port,
+        max_connections=args.max_connections,
+        drain_seconds=args.drain_seconds,
+    )
+
+
+def _public_name(model: str) -> str:
+    """What clients call `model`: where a folder is concerns nobody."""
+    path = os.path.expanduser(model)
+    return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else model
+
+
+def _keys(file: str | None) -> list[str]:
+    if file is None:
+        given = os.environ.get("GEMMA2_STREAM_API_KEYS", "").split(",")
+    else:
+        with open(file, encoding="utf-8") as lines:
+            given = lines.read().splitlines()
+    return [key.strip() for key in given if key.strip()]
 
 
 def _download(args: argparse.Namespace, out: IO[str]) -> int:

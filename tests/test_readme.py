@@ -6,11 +6,13 @@ import re
 import shlex
 import tomllib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from langchain_core.language_models import BaseChatModel
+from serving import Serving, serving
 
 import gemma2_stream
 from gemma2_stream import ChatGemma2, Gemma2LLM
@@ -28,10 +30,22 @@ ENGLISH_ALONE = {"docs/api.md"}  # our docstrings
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OURS = {f"{name}[{extra}]" for name in (".", "gemma2-stream") for extra in EXTRAS}
-INSTALLABLE = {".", "langchain", "bitsandbytes", *OURS}
+INSTALLABLE = {".", "langchain", "langchain-openai", "bitsandbytes", *OURS}
 
-# The one change that is made to the code: every name of the real Gemma 2 becomes "demo".
+# The changes that are made to the code: every name of the real Gemma 2 becomes "demo", and the
+# address of a server that of the one that runs here.
 REAL_MODEL = re.compile(r'"[\w/.-]*(?:LLM-Research|google)/gemma-2-\w+-it"')
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Serving]:
+    with serving(Gemma2LLM("demo").engine, model="demo", max_tokens=200) as server:
+        yield server
+
+
+def here(code: str, served: Serving) -> str:
+    return REAL_MODEL.sub('"demo"', code).replace(ADDRESS, served.url)
 
 
 class Block(NamedTuple):
@@ -67,12 +81,14 @@ def table_names(document: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("readme", DOCUMENTS)
-def test_python_blocks_run(readme: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_blocks_run(
+    readme: str, capsys: pytest.CaptureFixture[str], served: Serving
+) -> None:
     """One after the other, as a reader would paste them into one session."""
     session: dict[str, Any] = {"__name__": "__main__"}
     printed = []
     for block in blocks(readme, "python"):
-        code = REAL_MODEL.sub('"demo"', block.text)
+        code = here(block.text, served)
         # Padded, so that a traceback names the README's own line.
         program = compile("\n" * (block.line - 1) + code, readme, "exec")
         with warnings.catch_warnings(record=True) as warned:
@@ -92,8 +108,10 @@ def test_python_blocks_run(readme: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("readme", DOCUMENTS)
-def test_command_lines_are_right(readme: str) -> None:
-    """`gemma2-stream` lines parse; `make` targets, extras and files are there."""
+def test_command_lines_are_right(readme: str, served: Serving) -> None:
+    """`gemma2-stream` lines parse; `make` targets, extras and files are there; what curl asks for
+    is answered.
+    """
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for block in blocks(readme, "sh"):
         for command in re.split(r"\n|\|", without_comments(block.text)):
@@ -101,13 +119,24 @@ def test_command_lines_are_right(readme: str) -> None:
             match shlex.split(command.partition(">")[0]):
                 case ["gemma2-stream", *arguments]:
                     assert callable(_parsed(arguments).run)
+                case ["curl", url, "-H", header, "-d", body]:
+                    headers = [header.split(": ")]
+                    asked = here(body, served)
+                    answer = served.client.post(here(url, served), headers=headers, content=asked)
+                    assert answer.json()["choices"][0]["message"]["content"]
                 case ["make", target]:
                     assert re.search(rf"^{target}:", makefile, re.MULTILINE), command
                 case ["python", script, *_]:
                     assert (ROOT / script).exists()
                 case ["pip", "install", *wanted]:
                     assert set(wanted) <= INSTALLABLE
-                case [] | ["git", "diff"] | ["hf", "auth", "login"] | ["pytest", _]:
+                case (
+                    []
+                    | ["git", "diff"]
+                    | ["openssl", "rand", *_]
+                    | ["hf", "auth", "login"]
+                    | ["pytest", _]
+                ):
                     pass
                 case _:
                     pytest.fail(f"nothing checks {command!r}")

@@ -1,0 +1,144 @@
+"""uvicorn around the application: addresses, the sockets of the slow, and what the log says."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import sys
+import time
+from typing import IO, Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import ParameterError
+from ..types import Engine
+from .app import create_app
+from .settings import Settings
+
+READ_SECONDS = 30.0
+MAX_HEADER_BYTES = 64 * 2**10
+
+
+def check_address(host: str, settings: Settings, *, public_without_key: bool = False) -> None:
+    """Raises ParameterError for an address that others reach, without a key."""
+    if not (len(settings.keys) or public_without_key or is_loopback(host)):
+        raise ParameterError(
+            f"host={host!r} is open to others, and there is no key: give keys with "
+            "--api-key-file or $GEMMA2_STREAM_API_KEYS, or say --allow-public-without-key"
+        )
+
+
+def serve(engine: Engine, settings: Settings, **options: Any) -> int:
+    """Serve with the options of `server` until a signal; the exit status. Closes the engine."""
+    running = server(engine, settings, **options)
+    try:
+        running.run()
+    finally:
+        engine.close()
+    return 0 if running.started else 1
+
+
+def server(
+    engine: Engine,
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_connections: int = 256,
+    read_seconds: float = READ_SECONDS,
+    drain_seconds: int = 60,
+    log: IO[str] | None = None,
+) -> uvicorn.Server:
+    """A server for `engine` that `run()` runs until a signal, and then finishes what it has begun.
+
+    A request must be there `read_seconds` after its first byte, and a connection's first after it
+    was made. Answers in the making have `drain_seconds` to end.
+    """
+    _log_to(log or sys.stderr)
+    config = uvicorn.Config(
+        create_app(engine, settings),
+        host=host,
+        port=port,
+        http=_timed(read_seconds),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # a client could say that it is another
+        limit_concurrency=max_connections,
+        timeout_graceful_shutdown=drain_seconds,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+    )
+    return uvicorn.Server(config)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name but localhost may be anywhere."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _timed(seconds: float) -> type[H11Protocol]:
+    """uvicorn's protocol waits without end for a request that does not end; this one does not."""
+
+    class Timed(H11Protocol):
+        _limit: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._unwatch()
+
+        def _watch(self) -> None:
+            reading = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+            if not reading or self.transport.is_closing():
+                self._unwatch()
+            elif self._limit is None:
+                self._limit = self.loop.call_later(seconds, self.transport.close)
+
+        def _unwatch(self) -> None:
+            if self._limit is not None:
+                self._limit.cancel()
+                self._limit = None
+
+    return Timed
+
+
+class _Lines(logging.Formatter):
+    """JSON lines; a record's `fields` are members of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage().strip(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            said["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(said, ensure_ascii=False)
+
+
+def _log_to(stream: IO[str]) -> None:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Lines())
+    for name in ("uvicorn", "gemma2_stream.server"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,95 @@
+"""A real server on loopback, in a thread, for a test: uvicorn, sockets and all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import uvicorn
+
+from gemma2_stream import Engine
+from gemma2_stream.server import Settings, run
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def request(
+    body: bytes | None = None, *, path: str = "/v1/chat/completions", **asked: Any
+) -> bytes:
+    """A request as it goes over the wire; `body`, or a conversation with what is `asked`."""
+    if body is None:
+        body = json.dumps({"model": "served", "messages": HELLO, **asked}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def read_until(client: socket.socket, wanted: bytes = b"\0never\0") -> bytes:
+    """What comes up to `wanted`, or until the server closes."""
+    got = b""
+    while wanted not in got and (more := client.recv(65536)):
+        got += more
+    return got
+
+
+@dataclass
+class Serving:
+    """One that runs: its `address`, `url`, an HTTP client for it, and what it has logged."""
+
+    server: uvicorn.Server
+    address: tuple[str, int]
+    client: httpx.Client
+    log: io.StringIO
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address[0]}:{self.address[1]}"
+
+    def chat(self, **asked: Any) -> httpx.Response:
+        body = {"model": "served", "messages": HELLO, **asked}
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=30)
+
+    def said(self, path: str | None = None) -> list[dict[str, Any]]:
+        """The log so far, line by line, or what it says of requests for `path`."""
+        lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
+        return [line for line in lines if path in (None, line.get("path"))]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of one of `/metrics`; 0 where it has none yet."""
+        inside = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        wanted = f"gemma2_stream_{name}" + (f"{{{inside}}}" if inside else "")
+        for line in self.client.get("/metrics").text.splitlines():
+            if line.rpartition(" ")[0] == wanted:
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, **options: Any) -> Iterator[Serving]:
+    """`serving(engine, max_tokens=5, read_seconds=1)`: settings and the server's own options."""
+    ours = {name: options.pop(name) for name in [*options] if name in Settings.__slots__}
+    log = io.StringIO()
+    settings = Settings(**{"model": "served", **ours})
+    server = run.server(engine, settings, log=log, **options)
+    # Listening from here on, so that nobody has to wait until it is up.
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        address = listening.getsockname()
+        with httpx.Client(base_url=f"http://127.0.0.1:{address[1]}", timeout=60) as client:
+            try:
+                yield Serving(server, address, client, log)
+            finally:
+                client.close()
+                server.should_exit = True
+                thread.join(60)
+                assert not thread.is_alive()

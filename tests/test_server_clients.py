@@ -1,0 +1,242 @@
+"""Clients that leave, crawl, lie or attack: none costs the others anything, and nothing stays."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from serving import Serving, read_until, request, serving
+from tiny import Forwards, live_caches
+
+from gemma2_stream import Gemma2Engine
+from gemma2_stream.server import create_app
+from gemma2_stream.server.refusals import ErrorBody
+from gemma2_stream.testing import FakeEngine
+
+
+@pytest.fixture(scope="module")
+def served(demo_engine: Gemma2Engine) -> Iterator[Serving]:
+    with serving(demo_engine, max_tokens=20) as server:
+        yield server
+        # Whatever was tried, the next one is answered, and nothing is left.
+        assert server.chat().status_code == 200
+        assert server.metric("requests_waiting") == server.metric("requests_answering") == 0
+        assert not [line for line in server.said() if line["level"] == "error"]
+
+
+# Who leaves --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at", [1, 5], ids=["before the first token", "in the answer"])
+def test_whoever_goes_costs_a_step_at_most(
+    demo_engine: Gemma2Engine,
+    forwards: Callable[[Gemma2Engine], Forwards],
+    at: int,
+    stream: bool,
+) -> None:
+    watch = forwards(demo_engine)
+    reached, release = watch.gate(at)
+    with serving(demo_engine) as server:
+        with server.connect() as client:
+            client.sendall(request(stream=stream, max_tokens=500))
+            assert reached.wait(30)
+        # The server has seen it when it has logged it; the model has not gone on meanwhile.
+        while not server.said("/v1/chat/completions"):
+            server.client.get("/health")
+        release.set()
+        demo_engine.join()
+        assert watch.count <= at + 1
+        assert server.chat(max_tokens=2).status_code == 200
+    demo_engine.prefixes.clear()
+    demo_engine.join()
+    assert live_caches() == []
+
+
+def test_what_was_asked_by_one_who_left_is_logged_as_such() -> None:
+    gate = threading.Event()
+    engine = FakeEngine([[gate]])
+    with serving(engine) as server:
+        with server.connect() as client:
+            client.sendall(request())
+            while not engine.calls:
+                server.client.get("/health")
+        while engine.calls[0].finish_reason is None:
+            server.client.get("/health")
+        assert engine.calls[0].finish_reason == "cancelled"
+    (line,) = server.said("/v1/chat/completions")
+    assert line["status"] == 499
+
+
+# Who is slow -------------------------------------------------------------------------------------
+
+
+def test_a_slow_reader_holds_nobody() -> None:
+    """More than all buffers take, for one who does not read; another is answered meanwhile."""
+    engine = FakeEngine([["x" * 100_000] * 100, "Hello"])
+    with serving(engine) as server, server.connect() as crawling:
+        crawling.sendall(request(stream=True))
+        begun = read_until(crawling, b"data: ")
+        assert server.chat().json()["choices"][0]["message"]["content"] == "Hello"
+        rest = read_until(crawling, b"[DONE]")
+        assert (begun + rest).count(b"x" * 100_000) == 100
+
+
+@pytest.mark.parametrize(
+    "start",
+    [b"", b"POST /v1/chat", request()[:90], request()[:-5], b"GET /health HTTP/1.1\r\nX: "],
+    ids=["nothing", "no line", "no headers", "no end", "no end of a header"],
+)
+def test_whoever_does_not_finish_asking_is_shown_out(start: bytes) -> None:
+    with serving(FakeEngine([]), read_seconds=0.2) as server, server.connect() as client:
+        client.sendall(start)
+        assert read_until(client) == b""  # closed, without our doing
+
+
+def test_each_request_of_a_connection_has_its_time() -> None:
+    """The clock of one that is complete stands, and begins anew with the next."""
+    gate = threading.Event()
+    with (
+        serving(FakeEngine([[gate, "Hello"]]), read_seconds=0.2) as server,
+        server.connect() as client,
+        server.connect() as other,
+    ):
+        client.sendall(request())
+        assert read_until(other) == b""  # as long as that takes
+        gate.set()
+        assert b"Hello" in read_until(client, b"cached_tokens")
+        client.sendall(request()[:50])
+        assert read_until(client) == b""
+
+
+# Who lies or attacks -----------------------------------------------------------------------------
+
+BAD_BODIES: dict[str, bytes] = {
+    "empty": b"",
+    "truncated": b'{"model": "served", "messages": [{"role": "user", "con',
+    "not UTF-8": b'{"model": "served", "messages": "\xff\xfe"}',
+    "half a character": b'{"model": "served", "prompt": "\\ud800", "messages": []}',
+    "deep": b"[" * 100_000,
+    "a number": b"1" * 10_000,
+    "NaN": b'{"model": "served", "temperature": NaN, "messages": []}',
+    "null": b"null",
+    "a key of nothing": b'{"": 1}',
+    "another's prototype": b'{"__proto__": {"a": 1}, "model": "served"}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_BODIES.values(), ids=BAD_BODIES)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_bad_body_is_a_400(served: Serving, path: str, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    answer = served.client.post(path, content=body, headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def many(thing: Any) -> list[Any]:
+    return [thing] * 10_000
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"messages": many({"role": "user", "content": ""})},
+        {"messages": [{"role": "user", "content": many({"type": "text", "text": "a"})}]},
+        {"stop": many("a")},
+        {"tools": many({"type": "function", "function": {"name": "f"}})},
+        {"metadata": {str(number): "" for number in range(10_000)}},
+    ],
+    ids=["messages", "parts", "stop", "tools", "metadata"],
+)
+def test_ten_thousand_of_anything(served: Serving, asked: Any) -> None:
+    assert served.chat(**asked).status_code in (200, 400, 413)
+
+
+def test_ten_thousand_prompts(served: Serving) -> None:
+    body = {"model": "served", "prompt": many("a")}
+    answer = served.client.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert "10,000 prompts" in answer.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large() -> None:
+    """Refused by what it says it is, and by what it is; whoever goes on writing reads why."""
+
+    def chunks() -> Iterator[bytes]:
+        yield from [b" " * 1000] * 5000
+
+    headers = {"Content-Type": "application/json"}
+    with serving(FakeEngine(["Hello"]), max_body_bytes=200_000) as server:
+        with server.connect() as client:
+            client.sendall(request(b" " * 200_001)[:200])
+            assert read_until(client, b"}}").startswith(b"HTTP/1.1 413")
+        for content in (b" " * 5_000_000, chunks()):
+            answer = server.client.post("/v1/completions", content=content, headers=headers)
+            assert answer.status_code == 413
+            assert answer.json()["error"]["message"] == "the body has more than 200,000 bytes"
+        assert server.chat().status_code == 200
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\0" * 100,
+        b"GET / HTTPS\r\n\r\n",
+        b"GET /health HTTP/1.1\r\n\r\n",  # without a host
+        b"GET /health HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: here\r\n" + b"X: a\r\n" * 200_000 + b"\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 5\r\n"
+        b"Content-Length: 6\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+    ids=["zeros", "no version", "no host", "huge", "many", "negative", "two lengths", "chunks"],
+)
+def test_what_is_no_http_is_refused(served: Serving, said: bytes) -> None:
+    with served.connect() as client:
+        try:
+            client.sendall(said)
+            got = read_until(client)
+        except (ConnectionResetError, BrokenPipeError):  # while we were still talking
+            return
+    assert got == b"" or got.startswith((b"HTTP/1.1 400", b"HTTP/1.1 431"))
+
+
+def test_a_body_that_ends_early_hurts_nobody(served: Serving) -> None:
+    with served.connect() as client:
+        client.sendall(request()[:-5])
+        client.shutdown(socket.SHUT_WR)
+        assert not read_until(client).startswith(b"HTTP/1.1 5")
+
+
+def test_more_connections_than_are_admitted() -> None:
+    with serving(FakeEngine(["Hello"]), max_connections=3) as server:
+        held = [server.connect() for _ in range(3)]
+        with server.connect() as client:
+            client.sendall(request())
+            assert read_until(client, b"\r\n").startswith(b"HTTP/1.1 503")
+        for each in held:
+            each.close()
+        while server.chat().status_code != 200:
+            pass
+
+
+SCHEMA = schemathesis.openapi.from_dict(create_app(FakeEngine([])).openapi())
+
+
+@SCHEMA.parametrize()
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+def test_whatever_is_made_of_the_schema(case: schemathesis.Case, served: Serving) -> None:
+    """What it allows and what it does not: no 500, and each error in the one form."""
+    if isinstance(case.body, dict) and "model" in case.body:
+        case.body["model"] = "served"  # which no schema knows
+    answer = case.call(base_url=served.url)
+    assert answer.status_code < 500, answer.text
+    if answer.status_code >= 400:
+        ErrorBody.model_validate_json(answer.content)

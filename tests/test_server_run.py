@@ -1,0 +1,246 @@
+"""What a server admits, how it ends, what it logs, and the command that starts it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from serving import HELLO, Serving, read_until, request, serving
+from tiny import DEMO
+
+from gemma2_stream import Gemma2Engine, ParameterError
+from gemma2_stream.cli import main
+from gemma2_stream.server import Keys, Settings, create_app, run
+from gemma2_stream.server.metrics import Metrics
+from gemma2_stream.server.requests import ChatRequest
+from gemma2_stream.testing import FakeEngine
+
+ROOT = DEMO.parent.parent
+
+# Keys --------------------------------------------------------------------------------------------
+
+
+def test_keys() -> None:
+    with serving(FakeEngine(["Hello"] * 2), keys=Keys(["first-key", "second-key"])) as server:
+        for good in ("Bearer first-key", "bearer second-key"):
+            server.client.headers["Authorization"] = good
+            assert server.chat().status_code == 200
+        for bad in ("", "Bearer", "Bearer first", "Basic first-key", "first-key", "Bearer é"):
+            server.client.headers["Authorization"] = bad
+            for path in ("/v1/models", "/metrics", "/openapi.json", "/nowhere"):
+                answer = server.client.get(path)
+                assert answer.status_code == 401
+                assert answer.headers["www-authenticate"] == "Bearer"
+                assert answer.json()["error"]["code"] == "invalid_api_key"
+            assert server.client.get("/health").status_code == 200
+        assert "key" not in server.log.getvalue().replace("monkey", "")
+
+
+def test_a_key_is_asked_for_before_the_body() -> None:
+    with serving(FakeEngine([]), keys=Keys(["key"])) as server, server.connect() as client:
+        client.sendall(request()[:200])  # the rest never comes
+        assert read_until(client, b"}}").startswith(b"HTTP/1.1 401")
+
+
+def test_keys_are_shown_nowhere() -> None:
+    settings = Settings(keys=Keys(["secret-key"]))
+    assert "secret" not in f"{settings!r}{settings.keys!r}{vars(settings.keys)}"
+
+
+@pytest.mark.parametrize("key", ["", "two words", "schlüssel", "new\nline"])
+def test_a_key_that_cannot_be_sent_is_refused(key: str) -> None:
+    with pytest.raises(ParameterError, match="key 2 of 2") as caught:
+        Keys(["good", key])
+    assert not key or key not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
+def test_others_are_not_let_in_without_a_key(host: str) -> None:
+    with pytest.raises(ParameterError, match="--allow-public-without-key"):
+        run.check_address(host, Settings())
+    run.check_address(host, Settings(), public_without_key=True)
+    run.check_address(host, Settings(keys=Keys(["key"])))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_this_machine_needs_no_key(host: str) -> None:
+    run.check_address(host, Settings())
+
+
+# Limits ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_tokens", 0), ("max_choices", 1.5), ("max_seconds", 0), ("max_body_bytes", True)],
+)
+def test_a_limit_that_is_none_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ParameterError, match=f"{name}={value}"):
+        Settings(**{name: value})
+
+
+def test_limits(demo_engine: Gemma2Engine) -> None:
+    with serving(demo_engine, max_tokens=3, max_prompt_tokens=20, max_choices=2) as server:
+        assert server.chat().json()["usage"]["completion_tokens"] <= 3
+        for asked, said in [
+            ({"max_tokens": 4}, "at most 3"),
+            ({"max_completion_tokens": 4}, "at most 3"),
+            ({"n": 3}, "more than the 2"),
+            ({"messages": [{"role": "user", "content": "word " * 30}]}, "at most 20"),
+        ]:
+            answer = server.chat(**asked)
+            assert answer.status_code == 400
+            assert said in answer.json()["error"]["message"]
+        # 16, the endpoint's own default, is nothing that the client has asked for.
+        body = {"model": "served", "prompt": "Once"}
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_other_pages_may_ask_only_if_told() -> None:
+    def asked_from(server: Serving, origin: str) -> httpx.Response:
+        headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        return server.client.options("/v1/chat/completions", headers=headers)
+
+    with serving(FakeEngine([])) as server:
+        assert "access-control-allow-origin" not in asked_from(server, "https://a.example").headers
+    with serving(FakeEngine([]), cors_origins=("https://a.example",), keys=Keys(["k"])) as server:
+        allowed = asked_from(server, "https://a.example")
+        assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+        assert "access-control-allow-origin" not in asked_from(server, "https://b.example").headers
+
+
+# The end -----------------------------------------------------------------------------------------
+
+
+def test_what_has_begun_is_finished() -> None:
+    gate = threading.Event()
+    engine = FakeEngine([["Hel", gate, "lo"]])
+    with serving(engine) as server, server.connect() as client:
+        client.sendall(request(stream=True))
+        read_until(client, b"Hel")
+        server.server.should_exit = True
+        while True:  # until it takes no more
+            try:
+                server.connect().close()
+            except ConnectionRefusedError:
+                break
+        gate.set()
+        rest = read_until(client)
+    assert b"lo" in rest
+    assert rest.rstrip(b"0\r\n").endswith(b"data: [DONE]")
+
+
+def test_but_not_for_ever() -> None:
+    engine = FakeEngine([["Hel", threading.Event()]])
+    with serving(engine, drain_seconds=1) as server, server.connect() as client:
+        client.sendall(request(stream=True))
+        read_until(client, b"Hel")
+        server.server.should_exit = True
+        assert b"[DONE]" not in read_until(client)
+        while engine.calls[0].finish_reason is None:  # the model sees it at its next step
+            pass
+    assert engine.calls[0].finish_reason == "cancelled"
+
+
+# The log -----------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_all_but_the_text() -> None:
+    with serving(FakeEngine(["a secret answer"])) as server:
+        server.chat(messages=[{"role": "user", "content": "a secret question"}], user="secret")
+        server.client.get("/secret?secret=1")
+        server.chat(secret=1)
+    (line, other, refused) = [line for line in server.said() if line["event"] == "request"]
+    assert line["path"] == "/v1/chat/completions"
+    assert line["status"] == 200
+    assert line["finish_reasons"] == ["stop"]
+    assert line["completion_tokens"] == 2
+    assert line["seconds"] >= line["first_token_seconds"] >= 0
+    assert (other["path"], other["status"]) == ("other", 404)
+    assert refused["error"] == "RequestValidationError"
+    assert "secret" not in server.log.getvalue()
+
+
+# The command -------------------------------------------------------------------------------------
+
+
+def test_serve(tmp_path: Path) -> None:
+    """A real process: keys from a file, an answer, and SIGTERM in the middle of another."""
+    (tmp_path / "keys").write_text("first\n\nsecond\n")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gemma2_stream", "serve", str(DEMO), "--port", str(port)]
+    command += ["--api-key-file", str(tmp_path / "keys"), "--max-tokens", "400"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if "running on" in line:
+                break
+        body = {"model": "demo", "messages": HELLO}
+        headers = {"Authorization": "Bearer second"}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        with httpx.stream(
+            "POST", url, json={**body, "stream": True}, headers=headers, timeout=60
+        ) as streamed:
+            lines = streamed.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(60) in (0, -signal.SIGTERM)
+        out, err = process.communicate()
+    finally:
+        process.kill()
+    assert out == ""
+    assert "Traceback" not in err
+    assert "second" not in err.replace("seconds", "")
+
+
+def test_serve_refuses_the_public(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is loaded."""
+    assert main(["serve", "no/such-model", "--host", "0.0.0.0"]) == 2
+    assert "--allow-public-without-key" in capsys.readouterr().err
+
+
+def test_serve_says_what_to_install() -> None:
+    code = "import sys; sys.modules['fastapi'] = None; from gemma2_stream.cli import main; "
+    code += "sys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install 'gemma2-stream[server]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("page", ["server.md", "server.zh-CN.md"])
+def test_the_page_tells_what_is_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, fields, paths and metrics: all of them, and no other."""
+    told = (ROOT / "docs" / page).read_text("utf-8")
+    assert main(["serve", "--help"]) == 0
+    options = set(re.findall(r"--[a-z][\w-]+", capsys.readouterr().out))
+    assert set(re.findall(r"--[a-z][\w-]+", told)) <= options
+    refused = {"logprobs", "top_logprobs", "logit_bias", "frequency_penalty", "presence_penalty"}
+    refused |= {"modalities", "service_tier", "store"}
+    fields = {*ChatRequest.model_fields, "model"} - refused
+    assert {name for name in fields if f"`{name}`" not in told} == {"model"}
+    app = create_app(FakeEngine([]))
+    paths = {*app.openapi()["paths"], "/openapi.json"}
+    rows = [row.split("|")[1] for row in told.splitlines() if row.startswith("| `/")]
+    assert set(re.findall(r"`(.+?)`", " ".join(rows))) == paths
+    names = {metric.name for metric in Metrics().registry.collect()}
+    counted = set(re.findall(r"`(\w+?(?:_total|_seconds|_waiting|_answering))`", told))
+    assert {f"gemma2_stream_{name.removesuffix('_total')}" for name in counted} == names
+
+
+def test_nothing_else_imports_the_server() -> None:
+    code = "import sys, gemma2_stream.chat, gemma2_stream.llm, gemma2_stream.cli; "
+    code += "print([name for name in ('fastapi', 'uvicorn') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
