@@ -99,7 +99,8 @@ class Chooser:
 
     def __init__(self, request: Request, constraint: Constraint | None) -> None:
         params = request.params
-        self._penalty = params.repetition_penalty or 1.0
+        # What float32 can multiply and divide by, as above.
+        self._penalty = min(max(params.repetition_penalty or 1.0, 1e-30), 1e30)
         self._sampler = Sampler(params) if params.temperature else None
         self._constraint = constraint
 

@@ -366,6 +366,14 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     assert (moved > 0) is (penalty != 1)
 
 
+@pytest.mark.parametrize(("penalty", "chosen"), [(math.ulp(0.0), 1), (1e300, 0)])
+def test_a_penalty_beyond_float32_is_an_extreme_one(penalty: float, chosen: int) -> None:
+    """Without a warning: what was said is certain, or never said again."""
+    rows = batch([Request((1, 2), SamplingParams(repetition_penalty=penalty))])
+    logits = torch.tensor([[29.0, 1.0, -1.0]])
+    assert picks(rows, torch.tensor([[1, 2]]), logits) == [chosen]
+
+
 def test_generate_is_left_one_token_a_row() -> None:
     """Whatever the logits of the others, NaN too: it takes the largest, and no other is finite."""
     requests = [Request((1,), SamplingParams(temperature=5.0)), Request((1,), SamplingParams())]
