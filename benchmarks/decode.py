@@ -2,6 +2,7 @@
 
     python benchmarks/decode.py                                   # 5 minutes, 6 GB, 3 of disk
     python benchmarks/decode.py --llama-python VENV/bin/python    # llama.cpp too; 10 GB, 7 of disk
+    python benchmarks/decode.py --plot decode.svg
     python benchmarks/decode.py --quick                           # fewer rounds, no quality
 
 What:
@@ -53,8 +54,11 @@ from typing import Any
 import torch
 from grammars import typed
 from stack import random_stack, save
+from streaming import OURS as MINE
 from streaming import (
+    RIVAL,
     TEXTS,
+    canvas,
     interval,
     load_tokenizer,
     machine,
@@ -386,6 +390,17 @@ def report(document: Result) -> str:
     return "\n\n".join(lines)
 
 
+def plot(arms: Result, path: str) -> None:
+    figure, panels = canvas(2, "decode")
+    for axes, what in zip(panels, ("decode", "prefill"), strict=True):
+        rates = {name: median(arm[what]) for name, arm in arms.items()}
+        colors = [MINE if name in OURS else RIVAL for name in rates]
+        axes.bar_label(axes.barh(list(rates), list(rates.values()), color=colors), fmt="%.3g")
+        axes.invert_yaxis()
+        axes.set_title(f"{what}, tokens a second")
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", default="speed,quality", help="which, between commas")
@@ -396,6 +411,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch and of llama.cpp")
     parser.add_argument("--llama-python", metavar="PATH", help="that has llama-cpp-python")
     parser.add_argument("--llama-plain", action="store_true", help="without its AMX products")
+    parser.add_argument("--plot", metavar="FILE.svg", help="of the speed")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -419,6 +435,8 @@ def main() -> None:
         "parts": parts,
         "verdicts": list(verdicts(parts)),
     }
+    if options.plot and "speed" in parts:
+        plot(parts["speed"]["arms"], options.plot)
     print(report(document), end="\n\n")
     print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
 
