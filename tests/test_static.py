@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +19,16 @@ from gemma2_stream.batch import PREFILL_CHUNK
 
 SHORT = "Who are you?"
 BEYOND = "word " * 100  # of the random weights' sliding window, 64
+CONTEXT = 2_048
 CHUNKS = "and so on " * (PREFILL_CHUNK // 2)
 
 
 @pytest.fixture
 def static(engine: Gemma2Engine) -> Iterator[Gemma2Engine]:
-    with Gemma2Engine(engine.model, engine.tokenizer, name="static", static_cache=True) as made:
+    # Every step looks at the whole place; 8,192 columns would take minutes.
+    model = copy.deepcopy(engine.model)
+    model.config.max_position_embeddings = CONTEXT
+    with Gemma2Engine(model, engine.tokenizer, name="static", static_cache=True) as made:
         yield made
 
 
@@ -153,6 +158,7 @@ def test_generate_compiles_for_it_once(gemma_tokenizer: Any) -> None:
     one graph, and the next request finds it.
     """
     model = random_gemma()
+    model.config.max_position_embeddings = CONTEXT
     prefer_grouped(model)
     config = CompileConfig(fullgraph=True, mode="default", backend="eager")
     config._compile_all_devices = True  # type: ignore[assignment]  # untyped in transformers
