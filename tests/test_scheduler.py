@@ -376,14 +376,16 @@ def test_no_memory_to_move_rows_together_ends_none_of_them(
     engine = make(**options)
     limits = {"a": 6, "b": 12, "c": 9, "d": 10}
     expected = {prompt: reference(engine, prompt, limit) for prompt, limit in limits.items()}
-    real, left = torch.Tensor.new_zeros, [OSError("no memory")]
+    real, left, rows = torch.Tensor.new_empty, [OSError("no memory")], [0]
 
-    def new_zeros(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if left:
-            raise left.pop()
-        return real(tensor, *args, **kwargs)
+    def new_empty(tensor: torch.Tensor, *shape: Any, **kwargs: Any) -> torch.Tensor:
+        if len(shape) == 4:  # keys or values
+            if left and shape[0] < rows[-1]:
+                raise left.pop()
+            rows.append(shape[0])
+        return real(tensor, *shape, **kwargs)
 
-    monkeypatch.setattr(torch.Tensor, "new_zeros", new_zeros)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     requests = [request(engine, p, max_new_tokens=limit) for p, limit in limits.items()]
     streams = engine.submit_each(requests)
     assert [text(stream) for stream in streams] == [*expected.values()]
