@@ -132,7 +132,7 @@ $(VENV)/.docs: $(VENV)/.runtime
 
 $(VENV)/.bench: $(VENV)/.runtime
 	@echo "Installing what the benchmarks need ..."
-	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[bench]' $(BRIEFLY)
+	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[bench,server]' $(BRIEFLY)
 	@touch $@
 
 # Its torchvision and the like fit another torch, and none of them is needed for text.

@@ -1,7 +1,7 @@
 """What the server costs on top of the engine: CPU a token, the first token, and many clients.
 
-    python benchmarks/serving.py             # 2 minutes, 2 GB
-    python benchmarks/serving.py --quick     # fewer rounds; half a minute
+    python benchmarks/serving.py             # 3 minutes, 2 GB
+    python benchmarks/serving.py --quick     # fewer rounds; a minute
 
 What: the demo's streamed answers to the same questions, by the engine in process and by
 `gemma2-stream serve` over loopback
@@ -188,9 +188,9 @@ def measure(options: argparse.Namespace) -> Result:
                     one = sides[name].ask(asked)
                     rate = one["tokens"] / one["seconds"]
                     figures["clients"][name].setdefault(str(clients), []).append(rate)
-    for side in sides.values():
-        side.process.kill()
-        side.process.wait()
+        for side in sides.values():  # their time counts as ours once they have ended
+            side.process.kill()
+            side.process.wait()
     return figures
 
 
