@@ -9,6 +9,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Most of the time goes to short programs and tiny models, which leave a second core idle.
+WORKERS := --numprocesses 2 --dist loadfile
 
 VENV := .venv
 CONSTRAINTS := constraints.txt
@@ -54,7 +56,7 @@ check: $(VENV)/.test  ## formatting, lint and types
 
 pytest: $(VENV)/.test chromium  ## the tests alone
 	@echo "Running the tests; the one with real weights takes half a minute to load them ..."
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 # With glyphs for what the page says. Without Chromium, the tests in a browser are skipped.
 FOR_BROWSER := chromium fonts-noto-cjk fonts-noto-color-emoji

@@ -13,8 +13,8 @@ import pytest
 import torch
 from either import Either
 from no_network import no_network  # noqa: F401  # a fixture, found by being imported
-from tiny import DEMO, Forwards, ScriptedGemma2, random_gemma
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tiny import DEMO, Forwards, ScriptedGemma2, live_caches, random_gemma
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from gemma2_stream import Gemma2Engine
 
@@ -110,3 +110,16 @@ def forwards() -> Iterator[Callable[[Gemma2Engine], Forwards]]:
     for engine, watching in watches:
         watching.remove()
         engine.join()
+
+
+@pytest.fixture
+def new_caches() -> Callable[[], list[DynamicCache]]:
+    """`new_caches()`: KV caches that are alive and were not when the test began; engines that other
+    tests hold may keep theirs.
+    """
+    others = live_caches()  # the objects, so that none of their ids is used again
+
+    def since() -> list[DynamicCache]:
+        return [cache for cache in live_caches() if not any(cache is other for other in others)]
+
+    return since

@@ -19,8 +19,9 @@ from either import Either
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-from tiny import Forwards, live_caches, reference
+from tiny import Forwards, reference
 from tokenizers.decoders import Fuse
+from transformers import DynamicCache
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
 from gemma2_stream.scheduler import MAX_UNREAD
@@ -41,12 +42,16 @@ def llm(either: Either) -> Either:
 
 
 @pytest.fixture
-def watch(either: Either, forwards: Callable[[Gemma2Engine], Forwards]) -> Iterator[Forwards]:
+def watch(
+    either: Either,
+    forwards: Callable[[Gemma2Engine], Forwards],
+    new_caches: Callable[[], list[DynamicCache]],
+) -> Iterator[Forwards]:
     """Afterwards: the worker is idle, no KV cache is alive, and the next answer is right."""
     watching = forwards(either.engine)
     yield watching
     either.engine.join()
-    assert not live_caches()
+    assert not new_caches()
     assert either(max_new_tokens=8).invoke(PROMPT) == reference(either.engine, PROMPT, 8)
 
 

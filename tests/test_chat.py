@@ -497,7 +497,7 @@ def test_a_rate_limiter_is_asked_once_a_call(chat: ChatGemma2) -> None:
         {"response_format": {"type": "json_object"}},
         {"model": "demo"},
     ],
-    ids=str,
+    ids=lambda change: "-".join(change),
 )
 def test_what_a_call_asks_for_is_in_the_cache_key(chat: ChatGemma2, change: Any) -> None:
     """Tools, how to call them, and the shape of the answer: each its own entry, found again."""

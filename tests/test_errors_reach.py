@@ -14,8 +14,8 @@ from either import Either, text_of
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
-from tiny import Forwards, live_caches, reference
-from transformers import Gemma2ForCausalLM, LogitsProcessor
+from tiny import Forwards, reference
+from transformers import DynamicCache, Gemma2ForCausalLM, LogitsProcessor
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM
 
@@ -78,6 +78,7 @@ ERRORS = {
 def test_an_exception_reaches_the_caller_unchanged(
     either: Either,
     forwards: Callable[[Gemma2Engine], Forwards],
+    new_caches: Callable[[], list[DynamicCache]],
     path: str,
     error: str,
     step: int,
@@ -97,7 +98,7 @@ def test_an_exception_reaches_the_caller_unchanged(
     assert {"generate", "_before"} <= frames
     assert handler.errors == [ERRORS[error]]
     assert handler.ends == 0
-    assert not live_caches()
+    assert not new_caches()
     assert PATHS[path](llm, None) == reference(engine, PROMPT, 6)
 
 

@@ -25,8 +25,8 @@ from langchain_core.tools import BaseTool, ToolException, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import AfterValidator, BaseModel
-from tiny import DEMO, Forwards, live_caches, random_gemma
-from transformers import AutoTokenizer, Gemma2ForCausalLM
+from tiny import DEMO, Forwards, random_gemma
+from transformers import AutoTokenizer, DynamicCache, Gemma2ForCausalLM
 
 from gemma2_stream import ChatGemma2, Gemma2Engine
 from gemma2_stream.tools import call_text
@@ -565,13 +565,17 @@ async def test_a_long_conversation_is_summarized_by_the_profile(
 
 
 @pytest.fixture
-def watch(chat: ChatGemma2, forwards: Callable[[Gemma2Engine], Forwards]) -> Iterator[Forwards]:
+def watch(
+    chat: ChatGemma2,
+    forwards: Callable[[Gemma2Engine], Forwards],
+    new_caches: Callable[[], list[DynamicCache]],
+) -> Iterator[Forwards]:
     """Answers go on for long; afterwards the engine is idle, and right about the next question."""
     says(chat, lambda turn: LONG)
     watching = forwards(chat.engine)
     yield watching
     assert watching.count <= 7
-    assert not live_caches()
+    assert not new_caches()
     says(chat, lambda turn: ANSWER)
     assert chat.invoke("Again?").content == ANSWER
 

@@ -11,7 +11,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 from serving import Serving, read_until, request, serving
-from tiny import Forwards, live_caches
+from tiny import Forwards
+from transformers import DynamicCache
 
 from gemma2_stream import Gemma2Engine
 from gemma2_stream.server import create_app
@@ -37,6 +38,7 @@ def served(demo_engine: Gemma2Engine) -> Iterator[Serving]:
 def test_whoever_goes_costs_a_step_at_most(
     demo_engine: Gemma2Engine,
     forwards: Callable[[Gemma2Engine], Forwards],
+    new_caches: Callable[[], list[DynamicCache]],
     at: int,
     stream: bool,
 ) -> None:
@@ -55,7 +57,7 @@ def test_whoever_goes_costs_a_step_at_most(
         assert server.chat(max_tokens=2).status_code == 200
     demo_engine.prefixes.clear()
     demo_engine.join()
-    assert live_caches() == []
+    assert new_caches() == []
 
 
 def test_what_was_asked_by_one_who_left_is_logged_as_such() -> None:

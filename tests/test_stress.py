@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from tiny import live_caches, random_gemma
+from tiny import random_gemma
+from transformers import DynamicCache
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams, TokenStream
 
@@ -104,6 +106,7 @@ def test_every_text_is_right_whoever_comes_and_goes(
     model: Any,
     asked: Asked,
     demo_engine: Gemma2Engine,
+    new_caches: Callable[[], list[DynamicCache]],
     options: dict[str, int],
     failing: float,
 ) -> None:
@@ -123,7 +126,6 @@ def test_every_text_is_right_whoever_comes_and_goes(
         except BaseException as error:
             wrong.append(error)
 
-    others = {id(cache) for cache in live_caches()}  # of engines that other tests hold
     handle = model.get_decoder().register_forward_pre_hook(fail)
     try:
         with Gemma2Engine(model, demo_engine.tokenizer, name="stress", **options) as engine:
@@ -135,6 +137,6 @@ def test_every_text_is_right_whoever_comes_and_goes(
             engine.join()
             assert not wrong
             assert engine.prefixes.bytes <= options["prefix_cache_bytes"]
-            assert not [cache for cache in live_caches() if id(cache) not in others]
+            assert not new_caches()
     finally:
         handle.remove()
