@@ -72,8 +72,8 @@ def _text_ids(engine: Engine, prompt: str | list[int]) -> list[int]:
     size = getattr(engine, "vocab_size", None)
     if size is not None and max(prompt) >= size:
         raise ParameterError(
-            f"prompt holds the id {max(prompt)}, and the model's are below {size:,}: make the ids "
-            "with this model's own tokenizer"
+            f"prompt=[{max(prompt)}] is no id of this model, whose are below {size:,}: make them "
+            "with its own tokenizer"
         )
     return prompt
 
