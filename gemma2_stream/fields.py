@@ -188,7 +188,8 @@ class Gemma2Fields(BaseModel):
         for name in ("dtype", "attn_implementation"):
             loading[name] = getattr(self.custom_engine, name, loading[name])
         if self.base_url is not None:  # there may be other weights of that name
-            return {"model": self.model, "base_url": self.base_url, **loading, **sampling}
+            there = {"base_url": self.base_url, "tokenizer": self.tokenizer}
+            return {"model": self.model, **there, **loading, **sampling}
         model = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
         return {"model": model, **loading, **sampling}
 

@@ -353,8 +353,8 @@ class RemoteEngine:
                 raise ParameterError(
                     f"seed={params.seed} is more than {self._place} takes: give one below 2**63"
                 )
-            # With the stop in the text, ours finds the one that completes first; without it the
-            # server would hold text back until a stop of that length can no longer be in it.
+            # Otherwise it holds back as much text as the longest stop has, whatever that says; ours
+            # holds back what can still become one.
             body["stop"] = [stop for stop in params.stop if stop not in row.control_stops.values()]
             body["include_stop_str_in_output"] = True
             body["stop_token_ids"] = [*self._ends, *row.control_stops]

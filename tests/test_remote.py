@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
 import pickle
 import socket
 import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
+import openai
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
 from pydantic import BaseModel, Field
@@ -41,6 +45,7 @@ from gemma2_stream import (
     SamplingParams,
     ServerError,
 )
+from gemma2_stream.remote import RemoteEngine, RemoteSpec, _pause
 
 WHO = "你是谁"
 TOKEN = "What is a token?"
@@ -160,6 +165,27 @@ async def test_objects_are_those_of_the_engine_in_process(
     assert isinstance(wanted, City)
     assert model.with_structured_output(City).invoke(WHO, max_new_tokens=60) == wanted
     assert await model.with_structured_output(City).ainvoke(WHO, max_new_tokens=60) == wanted
+
+
+async def test_many_at_once_of_which_half_leave(
+    there: Any, served: Serving, demo_engine: Gemma2Engine
+) -> None:
+    """The others' answers are whole, and nothing is left at the server."""
+    model = there(Gemma2LLM)
+
+    async def one(number: int) -> str:
+        said = ""
+        async with contextlib.aclosing(model.astream(WHO)) as pieces:
+            async for piece in pieces:
+                said += piece
+                if number % 2 and len(said) > number:
+                    break
+        return said
+
+    answers = await asyncio.gather(*map(one, range(30)))
+    assert {*answers[::2]} == {Gemma2LLM(engine=demo_engine).invoke(WHO)}
+    await asyncio.to_thread(model.engine.join)
+    await asyncio.to_thread(demo_engine.join)
 
 
 def test_what_was_cached_is_counted(there: Any) -> None:
@@ -345,6 +371,27 @@ def test_a_connection_that_breaks_before_the_first_token_is_made_again() -> None
         assert wire.model(max_retries=1).invoke("Hi") == "Hello"
 
 
+@pytest.mark.parametrize(
+    ("said", "again", "least", "most"),
+    [
+        ({"Retry-After": "7"}, 0, 7, 7),
+        ({"Retry-After": "9999"}, 0, 60, 60),
+        ({"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}, 1, 0.5, 2),
+        ({}, 0, 0.1, 1),
+        ({}, 2, 1.5, 3),
+    ],
+)
+def test_it_waits_as_the_server_says_or_ever_longer(
+    said: dict[str, str], again: int, least: float, most: float
+) -> None:
+    """In whole seconds, and a minute at most."""
+    refused = EngineBusyError("busy")
+    asked = httpx2.Request("POST", "http://gpu/v1/completions")
+    response = httpx2.Response(503, headers=said, request=asked)
+    refused.__cause__ = openai.InternalServerError("busy", response=response, body=None)
+    assert least <= _pause(refused, again) <= most
+
+
 def test_the_last_try_tells_its_error() -> None:
     sent = BROKEN["busy"]
     with Wire(sent, sent) as wire, pytest.raises(EngineBusyError, match="try again later"):
@@ -521,8 +568,6 @@ def test_closing_the_engine_ends_what_is_in_flight() -> None:
 
 
 def test_an_engine_that_nobody_holds_leaves_no_thread() -> None:
-    from gemma2_stream.remote import RemoteEngine, RemoteSpec
-
     with Wire(WHOLE) as wire:
         engine = RemoteEngine(RemoteSpec(base_url=wire.url, model="m", tokenizer="demo"))
         before = {*threading.enumerate()}
@@ -620,7 +665,7 @@ def test_an_engine_and_a_server_are_two(demo_engine: Gemma2Engine) -> None:
 
 
 def test_without_openai_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "openai", None)
     model = Gemma2LLM("m", base_url="http://127.0.0.1:9/v1", tokenizer="demo", read_timeout=77)
     with pytest.raises(ParameterError, match=r"pip install 'gemma2-stream\[remote\]'"):
         model.invoke("Hi")
