@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ParameterError,
         PromptError,
         PromptTooLongError,
+        ServerError,
         StructuredOutputError,
     )
     from .llm import Gemma2_LLM, Gemma2LLM
@@ -57,6 +58,7 @@ _ROOMS = {
         "ParameterError",
         "PromptError",
         "PromptTooLongError",
+        "ServerError",
         "StructuredOutputError",
     ],
     "llm": ["Gemma2LLM", "Gemma2_LLM"],
@@ -90,6 +92,7 @@ __all__ = [
     "PromptTooLongError",
     "Request",
     "SamplingParams",
+    "ServerError",
     "StructuredOutputError",
     "TokenStream",
     "Usage",

@@ -15,7 +15,7 @@ import queue
 import threading
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn, Self
 
@@ -28,8 +28,8 @@ from .errors import (
     EngineClosedError,
     Gemma2StreamError,
     ParameterError,
-    PromptTooLongError,
 )
+from .generation import defaults_of, end_ids
 from .grammar import Grammars
 from .kv import can_join, token_bytes
 from .prefixes import PrefixCache
@@ -38,7 +38,15 @@ from .scheduler import Limits, Scheduler, free_bytes
 from .speculation import Assistant, Drafter, Lookup
 from .stream import Channel, TokenStream
 from .streamer import Row
-from .types import MAX_ROWS, Request, SamplingParams, Turn, check_options, check_static
+from .types import (
+    MAX_ROWS,
+    Request,
+    SamplingParams,
+    Turn,
+    check_options,
+    check_prompt,
+    check_static,
+)
 
 # What of the free memory prefixes may take when nobody says, and the most of it, in bytes.
 _PREFIX_SHARE, _PREFIX_MOST = 0.1, 4 * 2**30
@@ -111,11 +119,11 @@ class Gemma2Engine:
         self._encoder = PromptEncoder(tokenizer)
         self._detokenizer = detokenizer_for(tokenizer)
         self._config = _greedy(model, tokenizer)
-        vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self._grammars = Grammars(
-            tokenizer, self._encoder.text, vocab_size, self._config.eos_token_id
+            tokenizer, self._encoder.text, self.vocab_size, self._config.eos_token_id
         )
-        self.defaults = _defaults(model.generation_config)
+        self.defaults = defaults_of(model.generation_config)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.attn_implementation: str | None = model.config._attn_implementation
         self.context_length: int = model.config.get_text_config().max_position_embeddings
@@ -168,11 +176,7 @@ class Gemma2Engine:
 
         Raises PromptError.
         """
-        if not isinstance(prompt, str):
-            return self._encoder.turns(prompt)
-        if raw:
-            return self._encoder.raw(prompt)
-        return self._encoder.turns([{"role": "user", "content": prompt}])
+        return self._encoder.prompt(prompt, raw=raw)
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of plain text: no BOS, no turns, no control tokens."""
@@ -289,30 +293,15 @@ class Gemma2Engine:
         """`request` with every parameter resolved and every refusal made."""
         params = request.params.over(self.defaults)
         self._stop_ids(params)
-        length, context = len(request.prompt_ids), self.context_length
-        if length >= context:
-            raise PromptTooLongError(
-                f"the prompt has {length:,} tokens and the context of {self.name!r} holds "
-                f"{context:,}, prompt and answer together: shorten the prompt"
-            )
-        if length == 0:
-            raise ParameterError("prompt_ids=() is empty: a prompt needs at least a BOS")
+        check_prompt(len(request.prompt_ids), self.context_length, self.name)
         if request.grammar is not None:
             self._grammars.check(request.grammar)
         return replace(request, params=params)
 
     def _stop_ids(self, params: SamplingParams) -> dict[int, str | None]:
         """Ids that end the answer: the ends of a turn, and stops that spell a control token."""
-        ids: dict[int, str | None] = dict.fromkeys(self._config.eos_token_id)
-        for stop in params.stop:
-            if stop in self._encoder.control_ids:
-                ids[self._encoder.control_ids[stop]] = stop
-            elif control := next((c for c in self._encoder.control_ids if c in stop), None):
-                raise ParameterError(
-                    f"stop={stop!r} mixes the control token {control!r} with text, and control "
-                    f"tokens are no part of the text: give {control!r} alone"
-                )
-        return ids
+        ends: dict[int, str | None] = dict.fromkeys(self._config.eos_token_id)
+        return ends | self._encoder.control_stops(params.stop)
 
     def _serve(self, channels: Sequence[Channel]) -> None:
         """Serve `channels` and whatever comes while they are served, on the worker."""
@@ -433,26 +422,6 @@ def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:
     ours |= {"max_length": None, "prefill_chunk_size": None}
     for name, value in (neutral | ours).items():
         setattr(config, name, value)
-    config.eos_token_id = _end_ids(model, tokenizer)
+    config.eos_token_id = end_ids(model.generation_config, tokenizer)
     config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return config
-
-
-def _defaults(config: GenerationConfig) -> SamplingParams:
-    """What the checkpoint's generation config says; what it leaves out is off, and greedy."""
-    return SamplingParams(
-        max_new_tokens=config.max_new_tokens,
-        temperature=(config.temperature or 1.0) if config.do_sample else 0.0,
-        top_p=config.top_p or 1.0,
-        top_k=config.top_k or 0,
-        min_p=config.min_p or 0.0,
-        repetition_penalty=config.repetition_penalty or 1.0,
-    )
-
-
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a turn: the checkpoint's, the tokenizer's eos, and Gemma's <end_of_turn>."""
-    listed = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, tokenizer.backend_tokenizer.token_to_id("<end_of_turn>")}
-    ids |= set(listed) if isinstance(listed, Iterable) else {listed}
-    return sorted(ids - {None})

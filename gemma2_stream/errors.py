@@ -7,12 +7,13 @@
     ├── PromptError             ValueError       a prompt cannot be expressed to the model
     │   └── PromptTooLongError                   it leaves no room for an answer in the context
     ├── ModelNotFoundError      ValueError       no such model, revision or folder
-    ├── ModelAccessError        PermissionError  the hub wants a licence accepted or a token
+    ├── ModelAccessError        PermissionError  the hub or a server wants another token or key
     ├── DownloadError           OSError          the hub cannot be reached, or the transfer broke
     │   └── ChecksumError                        what arrived is not what the hub published
     ├── CheckpointError         ValueError       a folder holds no checkpoint that can be run
     ├── NotFiniteError          ArithmeticError  the model computed NaN instead of logits
-    ├── GenerationTimeoutError  TimeoutError     the caller's own `timeout` ran out
+    ├── ServerError             ConnectionError  a server cannot be reached, failed, or broke off
+    ├── GenerationTimeoutError  TimeoutError     the caller's own `timeout` ran out, or a server's
     ├── EngineBusyError         RuntimeError     as many requests wait as `max_waiting` admits
     └── EngineClosedError       RuntimeError     the engine was closed, or is a parent process's
 
@@ -55,11 +56,11 @@ class PromptTooLongError(PromptError, core.ContextOverflowError):
 
 
 class ModelNotFoundError(Gemma2StreamError, core.ModelNotFoundError, ValueError):
-    """There is no such model, revision or folder."""
+    """There is no such model, revision or folder, or a server knows none of that name."""
 
 
 class ModelAccessError(Gemma2StreamError, core.ModelPermissionDeniedError, PermissionError):
-    """The hub wants a licence accepted, a token, or another token."""
+    """The hub wants a licence accepted or a token, or a server another key."""
 
 
 class DownloadError(Gemma2StreamError, core.ModelConnectionError, OSError):
@@ -78,8 +79,12 @@ class NotFiniteError(Gemma2StreamError, ArithmeticError):
     """The model computed NaN instead of logits."""
 
 
+class ServerError(Gemma2StreamError, core.ModelConnectionError, ConnectionError):
+    """The server behind `base_url` cannot be reached, failed, or ended an answer too early."""
+
+
 class GenerationTimeoutError(Gemma2StreamError, core.ModelTimeoutError, TimeoutError):
-    """The `timeout` that the caller set ran out."""
+    """The `timeout` that the caller set ran out, or a server fell silent."""
 
 
 class EngineBusyError(Gemma2StreamError, core.ModelRateLimitError, RuntimeError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 from weakref import WeakValueDictionary
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model
 from . import __version__
 from .errors import ParameterError
 from .loading import LoadSpec, shared_engine
+from .remote import RemoteSpec, remote_engine
 from .stream import TokenStream
 from .together import Place
 from .types import (
@@ -36,6 +37,8 @@ CALL_NAMES = SAMPLING_NAMES | {"max_tokens", "model"}
 """What a call may say in place of the model's own parameter."""
 
 _LOADING_NAMES = [name for name in LoadSpec.__slots__ if name != "model"]
+_REMOTE_NAMES = [name for name in RemoteSpec.__slots__ if name != "max_retries"]
+_ONLY_REMOTE = ("base_url", "tokenizer", "read_timeout")
 _NEVER_DECIDE = ("assistant_model", *ENGINE_OPTIONS)  # what is said, only how soon
 
 
@@ -56,6 +59,9 @@ class Parameters(TypedDict, total=False):
     revision: str | None
     source: str | None
     cache_dir: str | os.PathLike[str] | None
+    base_url: str | None
+    tokenizer: str | os.PathLike[str] | None
+    read_timeout: float | None
     dtype: str | None
     device_map: str | dict[str, str | int] | None
     attn_implementation: str | None
@@ -102,6 +108,9 @@ class Gemma2Fields(BaseModel):
     revision: str | None = None
     source: str | None = None
     cache_dir: str | None = None
+    base_url: str | None = None
+    tokenizer: str | None = None
+    read_timeout: float | None = None
     dtype: str | None = None
     device_map: str | None = None
     attn_implementation: str | None = None
@@ -130,14 +139,18 @@ class Gemma2Fields(BaseModel):
 
     @property
     def engine(self) -> Engine:
-        """The engine: the one given, or the process's own for these weights, loaded on first use.
+        """The engine: the one given, or the process's own for these weights, loaded on first use;
+        with a `base_url`, the one that asks the server there.
 
         Raises ModelNotFoundError, ModelAccessError, DownloadError or CheckpointError.
         """
         if self.custom_engine is not None:
             return self.custom_engine
+        spec = self._spec
+        if isinstance(spec, RemoteSpec):
+            return remote_engine(spec)
         return shared_engine(
-            LoadSpec(model=self.model, **self._loading),
+            spec,
             token=self.api_key.get_secret_value() if self.api_key is not None else None,
             max_retries=self.max_retries or 0,
         )
@@ -157,6 +170,16 @@ class Gemma2Fields(BaseModel):
         return {name: getattr(self, name) for name in _LOADING_NAMES}
 
     @property
+    def _spec(self) -> LoadSpec | RemoteSpec:
+        """Where the model comes from."""
+        if self.base_url is None:
+            return LoadSpec(model=self.model, **self._loading)
+        return RemoteSpec(
+            **{name: getattr(self, name) for name in _REMOTE_NAMES},
+            max_retries=self.max_retries or 0,
+        )
+
+    @property
     def _parameters(self) -> dict[str, Any]:
         """All that decides an answer, in plain JSON types: LangChain's cache key is made of it."""
         sampling = {name: getattr(self, name) for name in sorted(SAMPLING_NAMES)}
@@ -164,6 +187,9 @@ class Gemma2Fields(BaseModel):
         # Two engines of one checkpoint share a name, and a relative folder is another elsewhere.
         for name in ("dtype", "attn_implementation"):
             loading[name] = getattr(self.custom_engine, name, loading[name])
+        if self.base_url is not None:  # there may be other weights of that name
+            there = {"base_url": self.base_url, "tokenizer": self.tokenizer}
+            return {"model": self.model, **there, **loading, **sampling}
         model = os.path.abspath(self.model) if os.path.isdir(self.model) else self.model
         return {"model": model, **loading, **sampling}
 
@@ -247,7 +273,7 @@ class Gemma2Fields(BaseModel):
                 return place.join(self.engine, *requests)
             return self.engine.submit(requests)
 
-        async with _turnstile(self.custom_engine or LoadSpec(model=self.model, **self._loading)):
+        async with _turnstile(self.custom_engine or self._spec):
             queued = await asyncio.to_thread(queue)
         # Outside, since others may have to come before it is there.
         return await asyncio.wrap_future(queued) if isinstance(queued, Future) else queued
@@ -276,12 +302,12 @@ class Gemma2Fields(BaseModel):
 _turnstiles: WeakValueDictionary[tuple[int, object], asyncio.Lock] = WeakValueDictionary()
 
 
-def _turnstile(model: LoadSpec | Engine) -> asyncio.Lock:
+def _turnstile(model: LoadSpec | RemoteSpec | Engine) -> asyncio.Lock:
     """One lock for each model on each loop; asyncio's locks let through first who came first.
 
     Threads of an executor do not: without it, a short prompt would overtake a long one.
     """
-    key = model if isinstance(model, LoadSpec) else id(model)
+    key = model if isinstance(model, LoadSpec | RemoteSpec) else id(model)
     return _turnstiles.setdefault((id(asyncio.get_running_loop()), key), asyncio.Lock())
 
 
@@ -313,18 +339,39 @@ def _checked(
         values["stop"] = [values["stop"]]
     SamplingParams(**{k: v for k in SAMPLING_NAMES if (v := values.get(k)) is not None})
     if not isinstance(values.get("api_key"), str | SecretStr | None):
-        raise ParameterError("api_key is not a string: give the hub's token as one")
+        raise ParameterError("api_key is not a string: give the hub's token or the key as one")
     retries = values.get("max_retries") or 0
     if not isinstance(retries, int) or retries < 0:
         raise ParameterError(f"max_retries={retries!r} is not a whole number of tries, 0 or more")
     if isinstance(values.get("device_map"), dict):
         values["device_map"] = json.dumps(values["device_map"], sort_keys=True)
-    for name in ("cache_dir", "assistant_model"):
+    for name in ("cache_dir", "assistant_model", "tokenizer"):
         if values.get(name) is not None:
             values[name] = os.fspath(values[name])
     loading = {name: values.get(name) for name in _LOADING_NAMES}
     LoadSpec(**loading)  # type: ignore[arg-type]  # it checks what it is given
-    return {**values, "model": _model_name(model, values.get("engine"), loading)}
+    remote = {name: values.get(name) for name in _ONLY_REMOTE}
+    name = _model_name(model, values.get("engine"), loading | remote)
+    _check_remote(name, loading, remote)
+    return {**values, "model": name}
+
+
+def _check_remote(model: str, loading: Mapping[str, Any], remote: Mapping[str, Any]) -> None:
+    """Refuse what says how to run weights here beside a server, and how to ask one without it."""
+    if remote["base_url"] is not None:
+        RemoteSpec(model=model, **remote)
+        for name in loading.keys() - set(_REMOTE_NAMES):
+            if loading[name] is not None:
+                raise ParameterError(
+                    f"{name}={loading[name]!r} says how to run weights here, and with base_url "
+                    "they run on a server: leave it out, and tell the server"
+                )
+        return
+    for name, value in remote.items():
+        if value is not None:
+            raise ParameterError(
+                f"{name}={value!r} is about a server, and there is none: give its base_url too"
+            )
 
 
 def _model_name(model: str | os.PathLike[str] | None, engine: Any, loading: dict[str, Any]) -> str:

@@ -42,12 +42,13 @@ def resolve(
     refresh: bool = False,
     token: str | None = None,
     max_retries: int = 0,
+    weights: bool = True,
 ) -> Path:
     """Return a folder that holds a complete checkpoint, downloading what is missing.
 
     `token` goes to the hub's own host only; a transfer that breaks off is taken up again up to
-    `max_retries` times. Raises ModelNotFoundError, ModelAccessError, DownloadError, CheckpointError
-    or ParameterError.
+    `max_retries` times. Without `weights`, all but these is fetched. Raises ModelNotFoundError,
+    ModelAccessError, DownloadError, CheckpointError or ParameterError.
 
     What was verified once is returned without a request, so a branch that has moved on is fetched
     only with `refresh=True`, as `gemma2-stream download` does.
@@ -58,11 +59,11 @@ def resolve(
     if model == "demo":
         return Path(__file__).parent / "demo"
     if _PATH.match(model) or (model and Path(model).is_dir()):
-        return _folder(model)
+        return _folder(model, weights)
     if not _ID.fullmatch(model):
         raise _unknown(model)
     hub = HUBS[source or _home(model)](model, revision, cache_dir)
-    hub.token = token
+    hub.token, hub.weights = token, weights
     offline = local_files_only or hub.offline
     for _ in range(max_retries):
         with contextlib.suppress(DownloadError):
@@ -81,15 +82,16 @@ def _explained(hub: Hub, offline: bool, refresh: bool) -> Path:
 
 def _fetch(hub: Hub, offline: bool, refresh: bool) -> Path:
     folder = hub.cached()
-    if folder is not None and not refresh and snapshot.is_sealed(folder, hub.revision):
+    sealed = folder and snapshot.is_sealed(folder, hub.revision, weights=hub.weights)
+    if folder is not None and not refresh and sealed:
         return folder
     if offline:
         return _offline(hub, folder)
-    return snapshot.check(hub.download())
+    return snapshot.check(hub.download(), weights=hub.weights)
 
 
 def _offline(hub: Hub, folder: Path | None) -> Path:
-    lacking = snapshot.missing(folder) if folder is not None else ["everything"]
+    lacking = ["everything"] if folder is None else snapshot.missing(folder, weights=hub.weights)
     if folder is not None and not lacking:
         return folder
     raise DownloadError(
@@ -100,14 +102,14 @@ def _offline(hub: Hub, folder: Path | None) -> Path:
     )
 
 
-def _folder(model: str) -> Path:
+def _folder(model: str, weights: bool) -> Path:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         raise ModelNotFoundError(
             f"There is no folder {model!r}. Give the folder that holds config.json, or an id such "
             "as 'LLM-Research/gemma-2-9b-it'."
         )
-    return snapshot.check(folder)
+    return snapshot.check(folder, weights=weights)
 
 
 def _home(model: str) -> str:

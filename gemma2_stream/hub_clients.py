@@ -59,6 +59,9 @@ class Hub(ABC):
     token: str | None = None
     """What the caller gave; without one, the client looks for a token itself."""
 
+    weights = True
+    """Whether they are wanted too."""
+
     failures: tuple[type[Exception], ...]
     """What the client raises when a hub, a network or a disk lets it down."""
 
@@ -84,7 +87,7 @@ class Hub(ABC):
         """Say what a failure of the client means to the user."""
 
     def _choose(self, listing: Iterable[File]) -> list[File]:
-        files = snapshot.wanted(self.model, listing)
+        files = snapshot.wanted(self.model, listing, weights=self.weights)
         size = sum(file.size or 0 for file in files) / 1e9
         sys.stderr.write(
             f"gemma2_stream: {self.model} ({size:.2f} GB) from {self._place} to {self.cache}\n"
@@ -121,7 +124,7 @@ class Hub(ABC):
         elif isinstance(error, OSError) and error.filename is not None:
             reason = f"{error.strerror}: {error.filename!r}"
         folder = self.cached()
-        whole = folder is not None and not snapshot.missing(folder)
+        whole = folder is not None and not snapshot.missing(folder, weights=self.weights)
         return DownloadError(
             f"The download of {self.model!r} from {self.title} broke off ({reason}). What arrived "
             "is kept: run the same command again and it goes on from there."
@@ -171,10 +174,10 @@ class ModelScope(Hub):
         listing = api.list_repo_files(self.model, "model", revision=self.revision)
         files = self._choose(File(f.path, f.size or None, f.sha256) for f in listing)
         if old := self.cached():
-            snapshot.seal(old, self.revision, [])
+            snapshot.seal(old, self.revision, [], weights=self.weights)
         chosen = [{"Path": f.name, "Size": f.size, "Sha256": f.digest} for f in files]
         folder = api.download_repo(self.model, "model", revision=self.revision, file_list=chosen)
-        snapshot.seal(folder, self.revision, files)
+        snapshot.seal(folder, self.revision, files, weights=self.weights)
         return folder
 
     def explain(self, error: Exception) -> Gemma2StreamError:
@@ -251,7 +254,7 @@ class HuggingFace(Hub):
         if folder.name != commit:  # the branch has moved on meanwhile
             return self.download()
         self._verify(folder, files)
-        snapshot.seal(folder, commit, files)
+        snapshot.seal(folder, commit, files, weights=self.weights)
         return folder
 
     def _list(self) -> tuple[str, list[File]]:

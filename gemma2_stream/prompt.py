@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from .errors import PromptError
+from .errors import ParameterError, PromptError
 from .types import Turn
 
 # What a spelling is cut with: the first private-use character that no text of the prompt contains.
@@ -37,6 +37,28 @@ class PromptEncoder:
         spellings = sorted(self.control_ids, key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
         self._bos: int | None = tokenizer.bos_token_id
+
+    def prompt(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> list[int]:
+        """Prompt ids: a string is one user turn, or with `raw` the whole prompt.
+
+        Raises PromptError.
+        """
+        if not isinstance(prompt, str):
+            return self.turns(prompt)
+        return self.raw(prompt) if raw else self.turns([{"role": "user", "content": prompt}])
+
+    def control_stops(self, stops: Sequence[str]) -> dict[int, str]:
+        """Those of `stops` that spell a control token, by its id. Raises ParameterError."""
+        ids: dict[int, str] = {}
+        for stop in stops:
+            if stop in self.control_ids:
+                ids[self.control_ids[stop]] = stop
+            elif control := next((c for c in self.control_ids if c in stop), None):
+                raise ParameterError(
+                    f"stop={stop!r} mixes the control token {control!r} with text, and control "
+                    f"tokens are no part of the text: give {control!r} alone"
+                )
+        return ids
 
     def turns(self, turns: Sequence[Turn]) -> list[int]:
         """Ids of a conversation, through the template, ready for the model's next turn.

@@ -14,6 +14,8 @@ from pathlib import Path
 from .errors import CheckpointError, ChecksumError
 
 MARKER = ".gemma2_stream.json"
+LIGHT_MARKER = ".gemma2_stream.light.json"
+"""Of a folder without weights, which the other must not say is a whole checkpoint."""
 # Only names of the top level, so neither `original/` nor `../../evil` can match.
 _WANTED = re.compile(
     r"(config|generation_config|chat_template|vocab|model\.safetensors\.index"
@@ -32,9 +34,11 @@ class File:
     digest: str | None
 
 
-def wanted(model: str, listing: Iterable[File]) -> list[File]:
+def wanted(model: str, listing: Iterable[File], *, weights: bool = True) -> list[File]:
     """Choose what a checkpoint needs: no pickle, no code, no second copy in another format."""
     files = [file for file in listing if _WANTED.fullmatch(file.name)]
+    if not weights:
+        return [file for file in files if not file.name.endswith(".safetensors")]
     if not any(file.name.endswith(".safetensors") for file in files):
         raise CheckpointError(
             f"{model!r} holds no *.safetensors weights, and no other format is read: choose a "
@@ -43,19 +47,21 @@ def wanted(model: str, listing: Iterable[File]) -> list[File]:
     return files
 
 
-def missing(folder: Path) -> list[str]:
+def missing(folder: Path, *, weights: bool = True) -> list[str]:
     """Name what `folder` lacks to be a checkpoint."""
     if (_read(folder / MARKER) or {}).get("files") == {}:
         return ["the rest of a download that broke off"]
     index = folder / "model.safetensors.index.json"
-    names = ["config.json", *(_shards(index) if index.is_file() else ["model.safetensors"])]
+    names = ["config.json"]
+    if weights:
+        names += _shards(index) if index.is_file() else ["model.safetensors"]
     if not (folder / "tokenizer.model").is_file():
         names.append("tokenizer.json")
     return [name for name in names if not (folder / name).is_file()]
 
 
-def check(folder: Path) -> Path:
-    if lacking := missing(folder):
+def check(folder: Path, *, weights: bool = True) -> Path:
+    if lacking := missing(folder, weights=weights):
         raise CheckpointError(
             f"{str(folder)!r} is not a complete checkpoint; it lacks {', '.join(lacking)}. "
             "Copy the missing files there, or name the model by its id to have it downloaded."
@@ -63,18 +69,21 @@ def check(folder: Path) -> Path:
     return folder
 
 
-def seal(folder: Path, revision: str, files: Iterable[File]) -> None:
+def seal(folder: Path, revision: str, files: Iterable[File], *, weights: bool = True) -> None:
     """Say that `files` were verified, so that the next use need not hash gigabytes again.
 
     Without files: they are about to change, and half a change is no checkpoint.
     """
     with suppress(OSError):  # a cache that can be read but not written is verified every time
         sizes = {file.name: (folder / file.name).stat().st_size for file in files}
-        _write(folder / MARKER, {"revision": revision, "files": sizes})
+        marker = folder / (MARKER if weights else LIGHT_MARKER)
+        _write(marker, {"revision": revision, "files": sizes})
 
 
-def is_sealed(folder: Path, revision: str) -> bool:
-    marker = _read(folder / MARKER) or {}
+def is_sealed(folder: Path, revision: str, *, weights: bool = True) -> bool:
+    if not weights and is_sealed(folder, revision):
+        return True
+    marker = _read(folder / (MARKER if weights else LIGHT_MARKER)) or {}
     sizes = marker.get("files")
     # A folder is named by its revision, except in ModelScope's old layout: one folder for all.
     if not sizes or not isinstance(sizes, dict):

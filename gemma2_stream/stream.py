@@ -44,6 +44,16 @@ class Channel:
         self._lock = threading.RLock()
         self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._wake: Callable[[], object] | None = None
+        self._end: Callable[[], object] | None = None
+
+    def when_cancelled(self, call: Callable[[], object]) -> None:
+        """Have `call` called once nobody wants more, on whichever thread that comes to pass; for a
+        worker that cannot look at `cancelled` because it waits for something else.
+        """
+        with self._lock:
+            self._end = call
+        if self.cancelled:
+            call()
 
     def start(self) -> bool:
         """Claim this channel for the worker, once or more; False when it was cancelled before."""
@@ -60,6 +70,8 @@ class Channel:
                 for index, request in enumerate(self.requests):
                     self.put(Chunk(index, "", "cancelled", usage=Usage(len(request.prompt_ids), 0)))
                 self.put(None)
+        if first and self._end is not None:
+            self._end()
 
     def put(self, item: Chunk | BaseException | None) -> None:
         """Hand over a chunk, the exception that ended the work, or None: nothing more comes."""
@@ -77,6 +89,8 @@ class Channel:
         self.put(error)
         self.put(None)
         self.cancelled = True
+        if self._end is not None:
+            self._end()
 
     @property
     def waiting(self) -> int:

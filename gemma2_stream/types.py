@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
-from .errors import ParameterError
+from .errors import ParameterError, PromptTooLongError
 
 if TYPE_CHECKING:
     from .stream import TokenStream
@@ -60,6 +60,12 @@ _RULES: dict[str, tuple[type, float, float, str]] = {
     "seed": (int, 0, 2**64 - 1, "a whole number from 0 to 2**64 - 1"),
     "timeout": (float, _TINY, _MOST, "a number of seconds above 0"),
 }
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Refuse what is no time to wait. Raises ParameterError."""
+    if value is not None:
+        _check(name, value, *_RULES["timeout"])
 
 
 _OPTIONS: dict[str, tuple[type, float, float, str]] = {
@@ -176,6 +182,20 @@ class Request:
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     grammar: str | None = None
+
+
+def check_prompt(length: int, context: int, name: str) -> None:
+    """Refuse a prompt of `length` tokens that leaves no room in the `context` of model `name`.
+
+    Raises PromptTooLongError or ParameterError.
+    """
+    if length >= context:
+        raise PromptTooLongError(
+            f"the prompt has {length:,} tokens and the context of {name!r} holds {context:,}, "
+            "prompt and answer together: shorten the prompt"
+        )
+    if length == 0:
+        raise ParameterError("prompt_ids=() is empty: a prompt needs at least a BOS")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from hub_server import SHARD, Hub, checkpoint
 from langchain_core.messages import HumanMessage
 from tiny import DEMO, Forwards
 from transformers import Gemma2Config, Gemma2ForCausalLM
+from wire import HEAD, Wire, status
 
 import gemma2_stream
 from gemma2_stream import ChatGemma2, Gemma2Engine, Gemma2LLM, Request, SamplingParams
@@ -70,6 +72,12 @@ class Trouble:
 
     def no_engine(self) -> None:
         Gemma2LLM(engine="demo")  # type: ignore[arg-type]
+
+    def weights_that_are_elsewhere(self) -> None:
+        Gemma2LLM("m", base_url="http://127.0.0.1:9/v1", device_map="auto")
+
+    def no_address(self) -> None:
+        Gemma2LLM("m", base_url="gpus:8000")
 
     # Prompts
     def image(self) -> None:
@@ -135,6 +143,28 @@ class Trouble:
         for name, body in checkpoint().items():
             (self.folder / "whole" / name).write_bytes(body)
         _ = Gemma2LLM(str(self.folder / "whole")).engine
+
+    # Servers
+    def not_served(self) -> None:
+        with Wire() as wire:
+            Gemma2LLM("gemma", base_url=wire.url, tokenizer="demo").invoke("Hi")
+
+    def wrong_key(self) -> None:
+        with Wire(models=status(401, {"error": "Unauthorized"})) as wire:
+            wire.model().invoke("Hi")
+
+    def nobody_there(self) -> None:
+        with Wire() as wire:
+            model = wire.model()
+        model.invoke("Hi")
+
+    def cut_off(self) -> None:
+        with Wire([HEAD]) as wire:
+            wire.model().invoke("Hi")
+
+    def silent(self) -> None:
+        with Wire([HEAD, threading.Event()]) as wire:
+            wire.model(read_timeout=0.05).invoke("Hi")
 
     # Running
     def not_finite(self) -> None:

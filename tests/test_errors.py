@@ -25,6 +25,7 @@ CORE = {
     "ChecksumError": core.ModelConnectionError,
     "CheckpointError": core.ModelError,
     "NotFiniteError": core.ModelError,
+    "ServerError": core.ModelConnectionError,
     "GenerationTimeoutError": core.ModelTimeoutError,
     "EngineBusyError": core.ModelRateLimitError,
     "EngineClosedError": core.ModelError,
@@ -89,5 +90,5 @@ def test_only_what_may_pass_is_retried() -> None:
     """LangChain retries what says so: network, clock and queue, never a wrong parameter."""
     retried = {name for name in CORE if getattr(errors, name).is_retryable}
     assert retried == {
-        "DownloadError", "ChecksumError", "EngineBusyError", "GenerationTimeoutError"
+        "DownloadError", "ChecksumError", "EngineBusyError", "GenerationTimeoutError", "ServerError"
     }  # fmt: skip

@@ -104,6 +104,33 @@ def test_the_second_use_asks_nothing(model: str, hub: Hub, cache: Path) -> None:
 
 
 @both
+def test_without_weights_all_else_arrives(model: str, hub: Hub, cache: Path) -> None:
+    """And is asked for once; who wants the weights later gets them."""
+    folder = resolve(model, cache_dir=cache, weights=False)
+    asked = len(hub.requests)
+    assert not list(folder.glob("*.safetensors"))
+    assert {"config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert resolve(model, cache_dir=cache, weights=False) == folder
+    assert len(hub.requests) == asked
+    assert (resolve(model, cache_dir=cache) / SHARD).is_file()
+
+
+def test_whoever_has_the_weights_asks_nothing_without(hub: Hub, cache: Path) -> None:
+    folder = resolve(HUGGINGFACE, cache_dir=cache)
+    asked = len(hub.requests)
+    assert resolve(HUGGINGFACE, cache_dir=cache, weights=False) == folder
+    assert len(hub.requests) == asked
+
+
+def test_a_folder_without_weights_needs_the_rest(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"it lacks tokenizer\.json"):
+        resolve(tmp_path, weights=False)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert resolve(tmp_path, weights=False) == tmp_path
+
+
+@both
 def test_refresh_fetches_what_has_changed_and_no_more(model: str, hub: Hub, cache: Path) -> None:
     resolve(model, cache_dir=cache)
     hub.requests.clear()

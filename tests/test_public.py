@@ -132,6 +132,8 @@ def test_importing_costs_nothing() -> None:
         ("detokenizer", HEAVY),
         ("prompt", ("torch", "transformers", "jinja2")),
         ("loading", ("torch", "transformers")),
+        ("remote", ("torch", "transformers", "jinja2", "openai")),
+        ("fields", ("torch", "transformers", "openai")),
     ],
 )
 def test_a_room_loads_only_what_it_needs(room: str, light: tuple[str, ...]) -> None:

@@ -136,6 +136,8 @@ def test_command_lines_are_right(readme: str, served: Serving) -> None:
                     | ["openssl", "rand", *_]
                     | ["hf", "auth", "login"]
                     | ["pytest", _]
+                    | ["vllm", "serve", *_]
+                    | ["serve", "run", _]
                 ):
                     pass
                 case _:

@@ -192,6 +192,55 @@ def test_text_completions(client: openai.OpenAI, demo_engine: Gemma2Engine) -> N
         assert "".join(chunk.choices[0].text for chunk in stream) == answer.choices[0].text
 
 
+def test_token_ids_are_read_as_they_are(client: openai.OpenAI, demo_engine: Gemma2Engine) -> None:
+    """One prompt or several, without a BOS that they do not have."""
+    ids = [demo_engine.encode(prompt) for prompt in ("Hello", "你是谁")]
+    llm = Gemma2LLM(engine=demo_engine, max_tokens=16)
+    answer = client.completions.create(model="served", prompt=ids)
+    assert [choice.text for choice in answer.choices] == [*map(llm.invoke, ("Hello", "你是谁"))]
+    alone = client.completions.create(model="served", prompt=ids[0][1:])
+    assert alone.usage is not None
+    assert alone.usage.prompt_tokens == len(ids[0]) - 1
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], [-1], [2, True], [2.5], [2, "a"], [[2], "a"], [10**9], [[2], [10**9]]]
+)
+def test_what_are_no_ids_is_refused(client: openai.OpenAI, prompt: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="served", prompt=prompt)
+    assert caught.value.param.startswith("prompt")
+
+
+def test_a_grammar_holds_a_text(client: openai.OpenAI) -> None:
+    """In vLLM's words; one that is none is refused, and so is another kind."""
+
+    def ask_with(**how: Any) -> str:
+        more = {"structured_outputs": how}
+        return (
+            client.completions.create(model="served", prompt="Hi", extra_body=more).choices[0].text
+        )
+
+    assert ask_with(grammar='start: "a" /[bc]/') in ("ab", "ac")
+    for wrong in ({"grammar": "start: ("}, {"regex": "a"}, {}, {"grammar": ""}):
+        with pytest.raises(openai.BadRequestError):
+            ask_with(**wrong)
+
+
+def test_the_stop_that_matched_is_told(client: openai.OpenAI, demo_engine: Gemma2Engine) -> None:
+    ids = demo_engine.encode("What is a token?")
+    ask_for: Any = client.completions.create
+    for stop, reason in (("tok", "tok"), ("<end_of_turn>", "<end_of_turn>"), ("never said", None)):
+        asked = {"model": "served", "prompt": ids, "stop": stop, "max_tokens": 60}
+        whole, [*_, last] = ask_for(**asked), ask_for(**asked, stream=True)
+        assert whole.choices[0].stop_reason == last.choices[0].stop_reason == reason
+
+
+def test_the_context_is_told(client: openai.OpenAI, demo_engine: Gemma2Engine) -> None:
+    [model] = client.models.list()
+    assert model.max_model_len == demo_engine.context_length  # type: ignore[attr-defined]
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["served"]
     assert client.models.retrieve("served").id == "served"

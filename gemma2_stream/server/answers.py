@@ -93,14 +93,16 @@ class TextAnswer(Answer):
     def _deltas(self, chunk: Chunk) -> list[Json]:
         self.finish_reasons[chunk.index] = chunk.finish_reason
         choice = {"index": chunk.index, "text": chunk.text, "logprobs": None}
-        return [{**choice, "finish_reason": chunk.finish_reason}]
+        # As vLLM tells it: the stop string that matched.
+        return [{**choice, "finish_reason": chunk.finish_reason, "stop_reason": chunk.stop}]
 
     def _empty(self, index: int) -> Json:
-        return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+        end = {"finish_reason": None, "stop_reason": None}
+        return {"index": index, "text": "", "logprobs": None, **end}
 
     def _add(self, choice: Json, delta: Json) -> None:
         choice["text"] += delta["text"]
-        choice["finish_reason"] = delta["finish_reason"]
+        choice |= {name: delta[name] for name in ("finish_reason", "stop_reason")}
 
 
 class ChatAnswer(Answer):

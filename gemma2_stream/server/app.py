@@ -120,6 +120,7 @@ class _Endpoints:
             "object": "model",
             "created": int(time.time()),
             "owned_by": "gemma2_stream",
+            "max_model_len": getattr(engine, "context_length", None),  # as vLLM calls it
         }
         # Tokenizing takes its time, and whoever came first is to be queued first.
         self._turn = asyncio.Lock()

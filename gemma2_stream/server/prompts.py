@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.exceptions import OutputParserException
@@ -21,7 +22,7 @@ from ..errors import GrammarError, ParameterError, PromptTooLongError
 from ..formats import answer_format
 from ..messages import turns_of
 from ..tools import AnswerFormat
-from ..types import Engine, Request, SamplingParams, Turn
+from ..types import Engine, Request, SamplingParams
 from .requests import ChatRequest, Message, Sampled, TextRequest
 from .settings import Settings
 
@@ -47,7 +48,7 @@ def chat_work(asked: ChatRequest, engine: Engine, settings: Settings) -> Work:
         raise GrammarError(f"tools or response_format hold no JSON schema: {error}") from error
     limit = asked.max_completion_tokens or asked.max_tokens
     return Work(
-        tuple(_rows([turns], asked, limit, engine, settings, grammar=grammar)),
+        tuple(_rows([turns], asked, limit, engine, settings, engine.encode, grammar=grammar)),
         asked.n or 1,
         answer,
     )
@@ -55,20 +56,36 @@ def chat_work(asked: ChatRequest, engine: Engine, settings: Settings) -> Work:
 
 def text_work(asked: TextRequest, engine: Engine, settings: Settings) -> Work:
     """Raises ParameterError, PromptError or PromptTooLongError."""
-    prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+    given: Any = asked.prompt
+    prompts = [given] if isinstance(given, str) or isinstance(given[0], int) else given
     limit = asked.max_tokens or min(_TEXT_TOKENS, settings.max_tokens or _TEXT_TOKENS)
-    rows = _rows(prompts, asked, limit, engine, settings, raw=True)
+    grammar = asked.structured_outputs.grammar if asked.structured_outputs else None
+    encode = partial(_text_ids, engine)
+    rows = _rows(prompts, asked, limit, engine, settings, encode, grammar=grammar)
     return Work(tuple(rows), asked.n or 1, AnswerFormat())
 
 
+def _text_ids(engine: Engine, prompt: str | list[int]) -> list[int]:
+    """Token ids as they are. Raises ParameterError for one that the model has not."""
+    if isinstance(prompt, str):
+        return engine.encode(prompt, raw=True)
+    size = getattr(engine, "vocab_size", None)
+    if size is not None and max(prompt) >= size:
+        raise ParameterError(
+            f"prompt=[{max(prompt)}] is no id of this model, whose are below {size:,}: make them "
+            "with its own tokenizer"
+        )
+    return prompt
+
+
 def _rows(
-    prompts: Sequence[str | Sequence[Turn]],
+    prompts: Sequence[Any],
     asked: Sampled,
     limit: int | None,
     engine: Engine,
     settings: Settings,
+    encode: Callable[[Any], list[int]],
     *,
-    raw: bool = False,
     grammar: str | None = None,
 ) -> Iterator[Request]:
     each = asked.n or 1
@@ -94,7 +111,7 @@ def _rows(
         getattr(engine, "context_length", sys.maxsize) - 1,
     )
     for prompt in prompts:
-        ids = tuple(engine.encode(prompt, raw=raw))
+        ids = tuple(encode(prompt))
         if len(ids) > most:
             raise PromptTooLongError(
                 f"the prompt is too long: it has {len(ids):,} tokens, and at most {most:,} leave "

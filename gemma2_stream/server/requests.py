@@ -163,13 +163,29 @@ class ChatRequest(Sampled):
         return self
 
 
+class StructuredOutputs(Wire):
+    """What vLLM calls so; of its kinds, the one that all others come to here."""
+
+    grammar: Annotated[str, Field(min_length=1)]
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
 class TextRequest(Sampled):
-    """`POST /v1/completions`. The prompt is all that the model reads, after exactly one BOS.
+    """`POST /v1/completions`. The prompt is all that the model reads, after exactly one BOS; token
+    ids are sent as they are. `structured_outputs` has a grammar in llguidance's Lark dialect.
 
     `max_tokens` is 16 when it is not given, as OpenAI has it.
     """
 
-    prompt: str | Annotated[list[str], Field(min_length=1)]
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1)]
+    )
+    structured_outputs: StructuredOutputs | None = None
     logprobs: None = None
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
