@@ -218,15 +218,38 @@ def test_a_body_that_ends_early_hurts_nobody(served: Serving) -> None:
 
 
 def test_more_connections_than_are_admitted() -> None:
-    with serving(FakeEngine(["Hello"]), max_connections=3) as server:
+    """As many as are admitted are answered; one more is told when to come back, and let go."""
+    gate = threading.Event()
+    engine = FakeEngine([["Hel", gate, "lo"]] * 3 + ["Hello"])
+    with serving(engine, max_connections=3) as server:
         held = [server.connect() for _ in range(3)]
-        with server.connect() as client:
-            client.sendall(request())
-            assert read_until(client, b"\r\n").startswith(b"HTTP/1.1 503")
         for each in held:
+            each.sendall(request(stream=True))
+            read_until(each, b"Hel")
+        refused = server.chat()
+        assert refused.status_code == 503
+        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
+        assert ErrorBody.model_validate_json(refused.content).error.code == "busy"
+        gate.set()
+        for each in held:
+            assert b"lo" in read_until(each, b"[DONE]")
             each.close()
         while server.chat().status_code != 200:
             pass
+
+
+@pytest.mark.parametrize("where", ["header", "headers", "query"])
+def test_headers_have_a_limit(served: Serving, where: str) -> None:
+    def asked(size: int) -> Any:
+        more = {f"X-{number}": "a" * (size // 50) for number in range(50)}
+        headers = {"header": {"X": "a" * size}, "headers": more}.get(where)
+        query = "?" + "a" * size if where == "query" else ""
+        return served.client.get(f"/v1/models{query}", headers=headers)
+
+    assert asked(15_000).status_code == 200
+    refused = asked(16_500)  # in one piece, which uvicorn takes
+    assert refused.status_code == 431
+    assert "16,384 bytes" in ErrorBody.model_validate_json(refused.content).error.message
 
 
 SCHEMA = schemathesis.openapi.from_dict(create_app(FakeEngine([])).openapi())

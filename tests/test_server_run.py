@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,11 +129,10 @@ def test_what_has_begun_is_finished() -> None:
         client.sendall(request(stream=True))
         read_until(client, b"Hel")
         server.server.should_exit = True
-        while True:  # until it takes no more
-            try:
-                server.connect().close()
-            except ConnectionRefusedError:
-                break
+        while not any("Waiting" in line["event"] for line in server.said()):
+            pass
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
         gate.set()
         rest = read_until(client)
     assert b"lo" in rest
@@ -172,36 +173,59 @@ def test_the_log_tells_all_but_the_text() -> None:
 # The command -------------------------------------------------------------------------------------
 
 
-def test_serve(tmp_path: Path) -> None:
-    """A real process: keys from a file, an answer, and SIGTERM in the middle of another."""
-    (tmp_path / "keys").write_text("first\n\nsecond\n")
+@contextlib.contextmanager
+def command(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`gemma2-stream serve demo` with `options` in a process of its own, and its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gemma2_stream", "serve", str(DEMO), "--port", str(port)]
-    command += ["--api-key-file", str(tmp_path / "keys"), "--max-tokens", "400"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    words = [sys.executable, "-m", "gemma2_stream", "serve", str(DEMO), "--port", str(port)]
+    process = subprocess.Popen(
+        [*words, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stderr is not None
     try:
         for line in process.stderr:
             if "running on" in line:
                 break
-        body = {"model": "demo", "messages": HELLO}
+        yield process, f"http://127.0.0.1:{port}/v1/chat/completions"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serve(tmp_path: Path) -> None:
+    """Keys from a file, an answer, and SIGTERM in the middle of another."""
+    (tmp_path / "keys").write_text("first\n\nsecond\n")
+    options = ("--api-key-file", str(tmp_path / "keys"), "--max-tokens", "400")
+    with command(*options) as (process, url):
+        asked = {"model": "demo", "messages": HELLO, "stream": True}
         headers = {"Authorization": "Bearer second"}
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        with httpx.stream(
-            "POST", url, json={**body, "stream": True}, headers=headers, timeout=60
-        ) as streamed:
+        with httpx.stream("POST", url, json=asked, headers=headers, timeout=60) as streamed:
             lines = streamed.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
             assert [line for line in lines if line][-1] == "data: [DONE]"
         assert process.wait(60) in (0, -signal.SIGTERM)
         out, err = process.communicate()
-    finally:
-        process.kill()
     assert out == ""
     assert "Traceback" not in err
     assert "second" not in err.replace("seconds", "")
+
+
+def test_serve_with_limits() -> None:
+    """One connection at a time, and a second for what has not ended when the server does."""
+    endless = {"n": 16, "temperature": 100, "seed": 0}  # sixteen do not end in a second
+    asked = {"model": "demo", "messages": HELLO, "stream": True, **endless}
+    with command("--max-connections", "1", "--drain-seconds", "1") as (process, url):
+        with httpx.stream("POST", url, json=asked, timeout=60) as streamed:
+            lines = streamed.iter_lines()
+            next(lines)
+            short = {**asked, "n": 1, "max_tokens": 1}
+            assert httpx.post(url, json=short, timeout=60).status_code == 503
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(httpx.RemoteProtocolError):  # it is cut
+                assert "data: [DONE]" not in lines
+        assert process.wait(60) in (0, -signal.SIGTERM)
 
 
 def test_serve_refuses_the_public(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,11 +5,12 @@ One primitive, the choices of a chunk as deltas; a whole answer folds them.
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
+
+import pydantic_core
 
 from ..errors import EngineClosedError
 from ..tools import CallParser, CallPart
@@ -169,8 +170,7 @@ def _delta(part: str | CallPart) -> Json:
 
 def event_line(event: Json) -> bytes:
     """`event` as a server-sent one."""
-    said = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {said}\n\n".encode()
+    return b"data: " + pydantic_core.to_json(event) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -176,7 +177,7 @@ class _Endpoints:
         record: Record = request.state.record
         self._check_model(asked.model)
         record.submitted()
-        answer, stream, first = await _while_there(request, self._begin(work, kind))
+        answer, stream, first = await _while_there(request.receive, self._begin(work, kind))
         record.begun()
         record.finish_reasons = answer.finish_reasons
         chunks = _counted(stream, first, record)
@@ -184,7 +185,7 @@ class _Endpoints:
             usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
             return _EventResponse(stream, _events(answer, chunks, record, usage=usage))
         with stream:
-            return JSONResponse(await _while_there(request, _whole(answer, chunks)))
+            return JSONResponse(await _while_there(request.receive, _whole(answer, chunks)))
 
     async def _begin(
         self, work: Callable[[], Work], kind: type[Answer]
@@ -228,15 +229,15 @@ async def _events(
     answer: Answer, chunks: AsyncIterator[Chunk], record: Record, *, usage: bool
 ) -> AsyncIterator[bytes]:
     more = {"usage": None} if usage else {}
+    choices = answer.opening()
     try:
-        for choice in answer.opening():
-            yield event_line(answer.event([choice], **more))
         async for chunk in chunks:
-            for choice in answer.deltas(chunk):
-                yield event_line(answer.event([choice], **more))
-        if usage:
-            yield event_line(answer.event([], usage=answer.usage()))
-        yield DONE
+            choices += answer.deltas(chunk)
+            # One write for all that came at once: it costs more than everything else here.
+            yield b"".join(event_line(answer.event([choice], **more)) for choice in choices)
+            choices = []
+        last = event_line(answer.event([], usage=answer.usage())) if usage else b""
+        yield last + DONE
     except Exception as error:  # too late for a status
         record.error = type(error).__name__
         yield event_line(refusal_of(error).body())
@@ -252,14 +253,14 @@ class _EventResponse(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._stream:
-            await super().__call__(scope, receive, send)
+        with self._stream, suppress(ClientDisconnect):
+            await _while_there(receive, self.stream_response(send))
 
 
-async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _while_there(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes. Raises ClientDisconnect."""
     task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request))
+    gone = asyncio.create_task(_gone(receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -270,6 +271,6 @@ async def _while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
 
 
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass

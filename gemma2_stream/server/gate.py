@@ -17,11 +17,17 @@ access = logging.getLogger("gemma2_stream.server.access")
 OPEN_PATHS = ("/health",)
 """What a load balancer asks, which has no key."""
 
+MAX_HEADER_BYTES = 16 * 2**10
+"""More than any client sends, the address included."""
+
 _GRACE = 10.0  # seconds for an error in words, before the connection is closed without
 
 
 class Gate:
-    """Refuses who has no key before the body is read, and a body that is too large while it is."""
+    """Refuses who has no key before the body is read, and a body that is too large while it is.
+
+    Headers that are too large are refused first of all.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self.app = app
@@ -57,6 +63,13 @@ class Gate:
             access.info("request", extra={"fields": {**about, **record.log()}})
 
     def _refusal(self, scope: Scope) -> Refusal | None:
+        said = [
+            scope["path"],
+            scope["query_string"],
+            *(part for pair in scope["headers"] for part in pair),
+        ]
+        if sum(map(len, said)) > MAX_HEADER_BYTES:  # uvicorn only stops those that come in pieces
+            return Refusal(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
         headers = dict(scope["headers"])
         if scope["path"] not in OPEN_PATHS and not self.settings.keys.admit(
             headers.get(b"authorization", b"")

@@ -67,6 +67,13 @@ class NoSuchModel(HTTPException):
 
 
 RETRY_AFTER = {"Retry-After": "1"}
+TOO_MANY = Refusal(
+    503,
+    "as many are connected as are admitted: try again later",
+    "server_error",
+    code="busy",
+    headers={**RETRY_AFTER, "Connection": "close"},
+)
 
 
 def refusal_of(error: Exception) -> Refusal:

@@ -17,10 +17,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import ParameterError
 from ..types import Engine
 from .app import create_app
+from .gate import MAX_HEADER_BYTES
+from .refusals import TOO_MANY
 from .settings import Settings
 
 READ_SECONDS = 30.0
-MAX_HEADER_BYTES = 64 * 2**10
 
 
 def check_address(host: str, settings: Settings, *, public_without_key: bool = False) -> None:
@@ -56,21 +57,21 @@ def server(
     """A server for `engine` that `run()` runs until a signal, and then finishes what it has begun.
 
     A request must be there `read_seconds` after its first byte, and a connection's first after it
-    was made. Answers in the making have `drain_seconds` to end.
+    was made. Answers in the making have `drain_seconds` to end. Whoever connects when there are
+    `max_connections` is told to come back.
     """
     _log_to(log or sys.stderr)
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
         port=port,
-        http=_timed(read_seconds),
+        http=_guarded(read_seconds, max_connections),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,  # a client could say that it is another
-        limit_concurrency=max_connections,
         timeout_graceful_shutdown=drain_seconds,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
@@ -85,14 +86,21 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _timed(seconds: float) -> type[H11Protocol]:
-    """uvicorn's protocol waits without end for a request that does not end; this one does not."""
+def _guarded(seconds: float, most: int) -> type[H11Protocol]:
+    """uvicorn's protocol waits without end for a request that does not end; this one does not.
 
-    class Timed(H11Protocol):
+    It also says in OpenAI's form that there are too many connections, where uvicorn's
+    `limit_concurrency` has plain text.
+    """
+
+    class Guarded(H11Protocol):
         _limit: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            if len(self.connections) > most:
+                self.logger.warning("more connections than max_connections=%d", most)
+                self.app = TOO_MANY.response()
             self._watch()
 
         def data_received(self, data: bytes) -> None:
@@ -115,7 +123,7 @@ def _timed(seconds: float) -> type[H11Protocol]:
                 self._limit.cancel()
                 self._limit = None
 
-    return Timed
+    return Guarded
 
 
 class _Lines(logging.Formatter):
