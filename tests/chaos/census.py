@@ -14,8 +14,8 @@ import pytest
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
 
-# FastAPI's caches keep the endpoints of the last applications, and logging the last formatter.
-KEPT = ("_Endpoints", "Settings", "Keys", "Metrics", "_Lines")
+# FastAPI's caches keep the last applications, and logging the last formatter.
+KEPT = ("_Endpoints", "_Route", "Gate", "Settings", "Keys", "Metrics", "_Lines")
 
 
 def census() -> Counter[object]:
