@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("nothing_left")]
 
 SEEDS = range(10)
 THREADS, EACH = 5, 20  # of those that make trouble, and faults of each: with the seeds, a thousand
-WELL = 3  # threads that ask beside them for as long as they do
+WELL = 2  # threads that ask beside them for as long as they do
 MOST = 8  # tokens
 LAYERS = 2
 KINDS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 7}]

@@ -55,12 +55,17 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from gemma2_stream import Gemma2LLM
 llm = Gemma2LLM("demo")
-reading = threading.Event()
-def read():
+reading = [threading.Event() for _ in range(3)]
+def read(event):
     for _ in llm.stream("How do I stream?"):
-        reading.set()
-{}
-reading.wait()
+        event.set()
+threading.excepthook = lambda args: None  # the daemon gets EngineClosedError
+threading.Thread(target=read, args=reading[:1]).start()
+threading.Thread(target=read, args=reading[1:2], daemon=True).start()
+pool = ThreadPoolExecutor()
+pool.submit(read, reading[2])
+for event in reading:
+    event.wait()
 """
 
 
@@ -79,18 +84,9 @@ def test_a_fork_in_the_middle_of_an_answer() -> None:
     run(FORK)
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        "threading.Thread(target=read).start()",
-        "pool = ThreadPoolExecutor(); pool.submit(read)",
-        "threading.Thread(target=lambda: [None for _ in iter(read, 0)], daemon=True).start()\n"
-        "threading.excepthook = lambda args: None  # the daemon gets EngineClosedError",
-    ],
-    ids=["thread", "pool", "daemon"],
-)
-def test_the_interpreter_ends_while_another_thread_reads(start: str) -> None:
-    run(EXIT.format(start))
+def test_the_interpreter_ends_while_other_threads_read() -> None:
+    """A thread, a daemon and one of a pool."""
+    run(EXIT)
 
 
 # A server's end ----------------------------------------------------------------------------------
