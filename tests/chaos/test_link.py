@@ -14,8 +14,9 @@ from serving import Serving, read_until, request, serving
 from tiny import random_gemma
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
+from gemma2_stream.testing import FakeEngine
 
-pytestmark = [pytest.mark.chaos, pytest.mark.usefixtures("nothing_left")]
+pytestmark = pytest.mark.chaos
 
 
 class Link:
@@ -86,8 +87,9 @@ def talkative(demo_engine: Gemma2Engine) -> Iterator[Gemma2Engine]:
         yield engine
 
 
+@pytest.mark.usefixtures("nothing_left")
 def test_an_answer_that_nobody_takes_ends(talkative: Gemma2Engine) -> None:
-    """After `max_seconds` its rows are free, and its connection, with all that is still in it."""
+    """After `max_seconds` its rows are free."""
     with serving(talkative, max_seconds=2) as server, linked(server) as link:
         link.client.sendall(request(stream=True, n=16, max_tokens=8_000))
         read_until(link.client, b'"content":"')
@@ -100,6 +102,18 @@ def test_an_answer_that_nobody_takes_ends(talkative: Gemma2Engine) -> None:
         assert server.metric("requests_answering") == 0
 
 
+def test_what_nobody_takes_does_not_hold_the_connection() -> None:
+    """More than the kernel's buffers hold: the rest would be the server's to keep, for ever."""
+    engine = FakeEngine([["x" * 100_000] * 200, "Hello"])
+    with serving(engine, max_seconds=1) as server, linked(server) as link:
+        link.client.sendall(request(stream=True))
+        read_until(link.client, b"xxx")
+        link.cut()
+        wait_for_the_end(server)
+        assert server.chat().status_code == 200
+
+
+@pytest.mark.usefixtures("nothing_left")
 def test_a_question_that_does_not_arrive_is_given_up(demo_engine: Gemma2Engine) -> None:
     with serving(demo_engine, read_seconds=0.5) as server, linked(server) as link:
         link.client.sendall(request()[:-5])
