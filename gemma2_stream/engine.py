@@ -216,10 +216,7 @@ class Gemma2Engine:
             if self._closed:
                 raise self._closed_error()
             if self._pid != os.getpid():
-                raise EngineClosedError(
-                    f"{self!r} was made before a fork, and threads do not survive one: make it in "
-                    "the child, or start processes with multiprocessing's 'spawn'"
-                )
+                raise self._forked_error()
             self._refuse_beyond_the_queue(channels)
             channels = [channel for channel in channels if channel.error is None]
             if self._worker is None:
@@ -289,6 +286,19 @@ class Gemma2Engine:
     def _closed_error(self) -> EngineClosedError:
         return EngineClosedError(f"the engine of {self.name!r} was closed: load the model again")
 
+    def _forked_error(self) -> EngineClosedError:
+        return EngineClosedError(
+            f"{self!r} was made before a fork, and threads do not survive one: make it in the "
+            "child, or start processes with multiprocessing's 'spawn'"
+        )
+
+    def _forked(self) -> None:
+        """In the child: end what nobody works on here, so that nobody waits for it."""
+        self._lock = threading.Lock()  # another thread may have held it
+        for channel in self._channels:
+            channel.fail(self._forked_error())
+        self._channels = set()
+
     def _checked(self, request: Request) -> Request:
         """`request` with every parameter resolved and every refusal made."""
         params = request.params.over(self.defaults)
@@ -357,6 +367,15 @@ def _close_all() -> None:
     """A daemon thread inside torch while the interpreter goes down is a crash: end them first."""
     for engine in list(_open_engines):
         engine.close()
+
+
+def _after_fork() -> None:
+    for engine in list(_open_engines):
+        engine._forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _work(jobs: _Jobs) -> None:

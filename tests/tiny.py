@@ -30,10 +30,12 @@ TINY = {
 }
 
 
-def random_gemma(cls: type[Gemma2ForCausalLM] = Gemma2ForCausalLM, vocab: int = 256_000) -> Any:
+def random_gemma(
+    cls: type[Gemma2ForCausalLM] = Gemma2ForCausalLM, vocab: int = 256_000, **config: Any
+) -> Any:
     """Random Gemma 2 weights in float32 whose greedy answers are varied and do not end soon."""
     torch.manual_seed(0)
-    model = cls(Gemma2Config(vocab_size=vocab, **TINY)).eval()
+    model = cls(Gemma2Config(vocab_size=vocab, **{**TINY, **config})).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

@@ -57,15 +57,16 @@ def server(
     """A server for `engine` that `run()` runs until a signal, and then finishes what it has begun.
 
     A request must be there `read_seconds` after its first byte, and a connection's first after it
-    was made. Answers in the making have `drain_seconds` to end. Whoever connects when there are
-    `max_connections` is told to come back.
+    was made. Whoever takes nothing of what is sent for `max_seconds` is cut off. Answers in the
+    making have `drain_seconds` to end. Whoever connects when there are `max_connections` is told to
+    come back.
     """
     _log_to(log or sys.stderr)
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
         port=port,
-        http=_guarded(read_seconds, max_connections),
+        http=_guarded(read_seconds, settings.max_seconds, max_connections),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -86,44 +87,62 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _guarded(seconds: float, most: int) -> type[H11Protocol]:
-    """uvicorn's protocol waits without end for a request that does not end; this one does not.
+def _guarded(read_seconds: float, send_seconds: float, most: int) -> type[H11Protocol]:
+    limits = {"read_seconds": read_seconds, "send_seconds": send_seconds, "most": most}
+    return type("Guarded", (_Guarded,), limits)
+
+
+class _Guarded(H11Protocol):
+    """uvicorn's protocol waits without end for a request that does not end, and for what it has
+    sent to be taken; this one does not.
 
     It also says in OpenAI's form that there are too many connections, where uvicorn's
     `limit_concurrency` has plain text.
     """
 
-    class Guarded(H11Protocol):
-        _limit: asyncio.TimerHandle | None = None
+    read_seconds: float
+    send_seconds: float
+    most: int
+    _reading: asyncio.TimerHandle | None = None
+    _sending: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            if len(self.connections) > most:
-                self.logger.warning("more connections than max_connections=%d", most)
-                self.app = TOO_MANY.response()
-            self._watch()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self.logger.warning("more connections than max_connections=%d", self.most)
+            self.app = TOO_MANY.response()
+        transport.set_write_buffer_limits(high=0)  # writing is paused while anything is left
+        self._watch()
 
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            self._watch()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            self._unwatch()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # `close` would wait until all is sent.
+        self._sending = self.loop.call_later(self.send_seconds, self.transport.abort)
 
-        def _watch(self) -> None:
-            reading = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-            if not reading or self.transport.is_closing():
-                self._unwatch()
-            elif self._limit is None:
-                self._limit = self.loop.call_later(seconds, self.transport.close)
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._sending = _stopped(self._sending)
 
-        def _unwatch(self) -> None:
-            if self._limit is not None:
-                self._limit.cancel()
-                self._limit = None
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._reading, self._sending = _stopped(self._reading), _stopped(self._sending)
 
-    return Guarded
+    def _watch(self) -> None:
+        reading = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if not reading or self.transport.is_closing():
+            self._reading = _stopped(self._reading)
+        elif self._reading is None:
+            self._reading = self.loop.call_later(self.read_seconds, self.transport.close)
+
+
+def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    if timer is not None:
+        timer.cancel()
+    return None
 
 
 class _Lines(logging.Formatter):
