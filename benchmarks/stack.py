@@ -27,6 +27,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
 
 from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.pages import enlarge
 from gemma2_stream.presets import LARGE, choose
 from gemma2_stream.products import hasten
 
@@ -117,13 +118,14 @@ def say_only(model: Gemma2ForCausalLM, ids: Sequence[int]) -> None:
 
 def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
     """`model` as `Gemma2LLM` runs it when nobody says how: with grouped attention and
-    the preset that is chosen for it. `model` itself stays; weights that stay, too, are shared.
+    the preset that is chosen for it. `model` itself stays, where its weights are.
     """
     mine = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     prefer_grouped(mine)
     choice = choose(None, device="cpu", dtype=str(model.dtype)[6:], size=LARGE)
     if choice.preset == "speed":
         hasten(mine)
+    enlarge(mine)
     return mine
 
 

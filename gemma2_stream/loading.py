@@ -249,6 +249,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
     import torch
 
     from .attention import prefer_grouped
+    from .pages import enlarge
     from .products import hasten, shrink
 
     model, tokenizer = _read(weights)
@@ -257,6 +258,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
             shrink(model, getattr(torch, weights.dtype))
         elif weights.preset == "speed":
             hasten(model)
+        enlarge(model)
     if weights.attention is None:
         prefer_grouped(model)
     return model, tokenizer

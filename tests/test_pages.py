@@ -1,0 +1,77 @@
+"""Large weights are moved into large pages, and stay what they were."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gemma2_stream.pages import LARGE_PAGE, enlarge
+
+SMAPS = Path("/proc/self/smaps")
+
+
+def advised(tensor: torch.Tensor) -> bool:
+    """Whether the kernel was asked for large pages where `tensor` is."""
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", SMAPS.read_text(), flags=re.M)[1:]:
+        start, end = (int(number, 16) for number in mapping.split(maxsplit=1)[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            flags = mapping.partition("VmFlags:")[2].split()
+            return "hg" in flags
+    raise AssertionError("the tensor is in no mapping")
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.int8], ids=str)
+def model(request: pytest.FixtureRequest) -> nn.ModuleDict:
+    """A large weight that two modules share, and a small one."""
+    torch.manual_seed(0)
+    large = torch.randint(-100, 100, (1000, LARGE_PAGE // 1000 + 1)).to(request.param)
+    first, second, small = (nn.Linear(1, 1, bias=False) for _ in range(3))
+    first.weight = second.weight = nn.Parameter(large, requires_grad=False)
+    small.weight = nn.Parameter(large[:1].clone(), requires_grad=False)
+    return nn.ModuleDict({"first": first, "second": second, "small": small})
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")
+def test_large_weights_move_and_small_ones_do_not(model: nn.ModuleDict) -> None:
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    small = model["small"].weight.data_ptr()
+    assert not advised(model["first"].weight)
+
+    enlarge(model)
+
+    assert advised(model["first"].weight)
+    assert model["small"].weight.data_ptr() == small
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+        assert weight.dtype == before[name].dtype
+
+
+def test_tied_weights_stay_tied(model: nn.ModuleDict) -> None:
+    enlarge(model)
+    assert model["first"].weight is model["second"].weight
+    model["first"].weight.data[0, 0] = 7  # it can be written, too
+    assert model["second"].weight[0, 0] == 7
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's address space limit")
+def test_memory_goes_back_with_the_weights() -> None:
+    """A hundred moves of 64 MiB in 2 GiB of address space more than there was."""
+    code = """
+import gc, resource, torch
+from pathlib import Path
+from torch import nn
+from gemma2_stream.pages import enlarge
+torch.set_num_threads(1)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30,) * 2)
+for _ in range(100):
+    layer = nn.Linear(4096, 4096, bias=False)
+    enlarge(layer)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
