@@ -58,7 +58,8 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = dict(scope["headers"])
-        if scope["path"] not in OPEN_PATHS and not self.settings.keys.admit(
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in OPEN_PATHS and not self.settings.keys.admit(
             headers.get(b"authorization", b"")
         ):
             return Refusal(

@@ -58,7 +58,7 @@ def server(
     A request must be there `read_seconds` after its first byte, and a connection's first after it
     was made. Answers in the making have `drain_seconds` to end.
     """
-    _log_to(log or sys.stderr)
+    log_to(log or sys.stderr)
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
@@ -134,7 +134,8 @@ class _Lines(logging.Formatter):
         return json.dumps(said, ensure_ascii=False)
 
 
-def _log_to(stream: IO[str]) -> None:
+def log_to(stream: IO[str]) -> None:
+    """Have the server's log on `stream`, as JSON lines, and nowhere else."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines())
     for name in ("uvicorn", "gemma2_stream.server"):
