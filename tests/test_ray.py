@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from gemma2_stream import ChatGemma2, Gemma2Engine, ParameterError, Request, Sam
 
 pytest.importorskip("ray", reason="pip install 'gemma2-stream[ray]' adds Ray")
 
+from ray.serve import Application
 from ray_cluster import RayCluster, answer, asked, cluster
 
 from gemma2_stream.server.ray import Arguments, Gemma2, app, check
@@ -114,6 +117,7 @@ def test_more_than_the_queue_holds_are_told_to_come_again(
     refused = [each for each in responses if each.status_code == 503]
     assert 0 < len(refused) <= 150 - 128
     assert {each.headers["retry-after"] for each in refused} == {"1"}
+    assert all("backpressure" in each.text for each in refused)
     for each in responses:
         if each not in refused:
             assert each.json()["choices"][0]["message"]["content"] == "Hello"
@@ -209,6 +213,51 @@ def test_nobody_is_let_in_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("GEMMA2_STREAM_API_KEYS", "first, second")
     _, settings = Arguments().make()
     assert len(settings.keys) == 2
+
+
+PAGES = pytest.mark.parametrize("page", ["cluster.md", "cluster.zh-CN.md"])
+
+
+def told(page: str) -> str:
+    return (ROOT / "docs" / page).read_text("utf-8")
+
+
+@PAGES
+def test_the_page_tells_every_argument(page: str) -> None:
+    (table,) = [each for each in told(page).split("\n\n") if "\n| `model`" in each]
+    rows = [row.split("|")[1] for row in table.splitlines()]
+    assert set(re.findall(r"`(\w+)`", " ".join(rows))) == set(Arguments.model_fields)
+
+
+@PAGES
+def test_the_commands_on_the_page_are_those_of_ray(page: str) -> None:
+    from ray.scripts.scripts import cli as ray
+    from ray.serve.scripts import cli as serve
+
+    blocks = re.findall(r"^```sh\n(.*?)^```$", told(page), re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line.partition(">")[0]) for line in "".join(blocks).splitlines()]
+    commands = [line for line in lines if line[0] in ("ray", "serve")]
+    assert len(commands) > 5
+    for program, name, *words in commands:
+        command = {"ray": ray, "serve": serve}[program].commands[name]
+        command.parse_args(command.context_class(command, info_name=name), words)
+        for word in words:
+            assert not word.endswith(".yaml") or (ROOT / word).exists()
+
+
+@PAGES
+def test_the_deployment_on_the_page(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not marked as `python` there, since that is run where there is no Ray."""
+    (block,) = re.findall(r"^```py\n(.*?)^```$", told(page), re.MULTILINE | re.DOTALL)
+    session: dict[str, Any] = {"__name__": "page"}
+    exec(block, session)
+    assert isinstance(session["app"], Application)
+    monkeypatch.chdir(tmp_path)
+    Path("keys.txt").write_text("first\nsecond\n")
+    engine, settings = session["make"]()
+    assert (engine.name, len(settings.keys)) == (ChatGemma2("demo").engine.name, 2)
 
 
 def test_the_example_is_valid() -> None:
