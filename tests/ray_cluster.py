@@ -103,7 +103,7 @@ def told(version: int = 0) -> tuple[Engine, Settings]:
 class _Driver:
     """What can be ordered; each method in the driver's process."""
 
-    def start(self, port: int, folder: str, two_nodes: bool = False) -> None:
+    def start(self, port: int, two_nodes: bool = False) -> None:
         import ray
         from ray import serve
 
@@ -119,7 +119,6 @@ class _Driver:
                 include_dashboard=False,
                 object_store_memory=100 * 2**20,
                 _node_ip_address="127.0.0.1",
-                _temp_dir=folder,
             )
         serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "EveryNode"})
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
@@ -251,7 +250,7 @@ def cluster(*within: str, **start: Any) -> Iterator[RayCluster]:
     with driver:
         running = RayCluster(driver, f"http://127.0.0.1:{port}", log)
         try:
-            running.start(port=port, folder=str(folder), **start)
+            running.start(port, **start)
             yield running
             running.stop()
         finally:
@@ -260,7 +259,7 @@ def cluster(*within: str, **start: Any) -> Iterator[RayCluster]:
                 driver.wait(30)
             except subprocess.TimeoutExpired:
                 driver.kill()
-    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def asked(words: str, **more: Any) -> dict[str, Any]:

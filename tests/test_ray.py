@@ -81,7 +81,8 @@ def test_who_goes_stops_the_row(client: httpx.Client, tmp_path: Path) -> None:
     body = asked(f"Hello until {tmp_path / 'never'}", stream=True)
     headers = {"x-session-id": "goes"}
     with client.stream("POST", "/told/v1/chat/completions", json=body, headers=headers) as going:
-        next(line for line in going.iter_lines() if "Hel" in line)
+        lines = going.iter_lines()  # which is garbage only after this, and ends the stream then
+        next(line for line in lines if "Hel" in line)
         assert json.loads(answer(client, "ended", "goes")) == [None]
     while json.loads(answer(client, "ended", "goes")) == [None]:  # the model sees it at a step
         pass
