@@ -91,7 +91,7 @@ constraints:  ## resolve the pins in constraints.txt anew (TORCH_VERSION= for an
 	@echo "Resolving everything in a fresh environment; constraints.txt changes if that works ..."
 	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
 	$(PYTHON) -m venv "$$fresh"; "$$fresh"/bin/python -m pip install -q --upgrade pip; \
-	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,docs,bench,ui,server]'; \
+	"$$fresh"/bin/python -m pip install $(PIP_OPTIONS) -q torch==$(TORCH_VERSION) $(BUILD_TOOLS) '.[test,dev,docs,bench,ui,server,ray]'; \
 	"$$fresh"/bin/python -m pip freeze --all --exclude pip --exclude gemma2-stream > "$$fresh"/all; \
 	{ sed -n '/^#/p' constraints.txt; \
 	  sed -E 's/\+[a-z0-9.]+$$//' "$$fresh"/all | grep -vE '^(cuda|nvidia|triton)'; } > "$$fresh"/new; \
@@ -123,8 +123,8 @@ $(VENV)/.runtime: $(VENV)/.torch pyproject.toml gemma2_stream/__init__.py
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime
-	@echo "Installing what the tests need, Gemma 3 270M (240 MB) among it ..."
-	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[test,dev,docs,ui,server]' $(BRIEFLY)
+	@echo "Installing what the tests need, Gemma 3 270M and Ray (240 MB each) among it ..."
+	@set -o pipefail; $(INSTALL) --no-build-isolation -e '.[test,dev,docs,ui,server,ray]' $(BRIEFLY)
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runtime

@@ -399,10 +399,11 @@ def _ui(args: argparse.Namespace, out: IO[str]) -> int:
 def _serve(args: argparse.Namespace, out: IO[str]) -> int:
     from .chat import ChatGemma2
     from .server import Keys, Settings, run
+    from .server.settings import public_name
 
     settings = Settings(
-        model=args.name or _public_name(args.model),
-        keys=Keys(_keys(args.api_key_file)),
+        model=args.name or public_name(args.model),
+        keys=Keys.read(args.api_key_file),
         cors_origins=tuple(args.cors_origin or ()),
         **_given(args, "max_prompt_tokens", "max_tokens", "max_seconds", "max_body_bytes"),
     )
@@ -416,21 +417,6 @@ def _serve(args: argparse.Namespace, out: IO[str]) -> int:
         max_connections=args.max_connections,
         drain_seconds=args.drain_seconds,
     )
-
-
-def _public_name(model: str) -> str:
-    """What clients call `model`: where a folder is concerns nobody."""
-    path = os.path.expanduser(model)
-    return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else model
-
-
-def _keys(file: str | None) -> list[str]:
-    if file is None:
-        given = os.environ.get("GEMMA2_STREAM_API_KEYS", "").split(",")
-    else:
-        with open(file, encoding="utf-8") as lines:
-            given = lines.read().splitlines()
-    return [key.strip() for key in given if key.strip()]
 
 
 def _download(args: argparse.Namespace, out: IO[str]) -> int:

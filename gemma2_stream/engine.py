@@ -64,7 +64,8 @@ class Gemma2Engine:
     `engine.model` and `engine.tokenizer`. `name` tells these weights from others in traces and
     cache keys; by default it is the checkpoint's path, or made up when there is none.
     `defaults` is what the checkpoint's generation config says, and `context_length` its positions,
-    prompt and answer together (8,192 for Gemma 2).
+    prompt and answer together (8,192 for Gemma 2). `steps` grows with every forward, so where it
+    stands still although something was asked, the worker hangs.
 
     Requests join those that are being decoded: `max_rows` (32) at once, as long as they hold at
     most `max_cached_tokens` (rows times the longest of them, prompt and answer; a lone one may have
@@ -151,6 +152,7 @@ class Gemma2Engine:
         self._lock = threading.Lock()
         self._closed = False
         self._channels: set[Channel] = set()
+        self.steps = 0
         self._pid = os.getpid()
         # The worker refers to its engine only while there is work, so that an engine nobody holds
         # is garbage; this is what ends its thread then.
@@ -326,6 +328,7 @@ class Gemma2Engine:
             arrivals=functools.partial(self._arrivals, [*channels]),
             arrived=lambda: not self._jobs.empty(),
             left=self._left,
+            stepped=self._stepped,
         ).run()
 
     def _arrivals(self, first: list[Channel]) -> Iterator[Row]:
@@ -351,6 +354,9 @@ class Gemma2Engine:
             constraint = functools.partial(self._grammars.constraint, request.grammar, limit)
         stop_ids = self._stop_ids(request.params)
         return Row(channel, index, self._detokenizer(), stop_ids, limit, constraint)
+
+    def _stepped(self) -> None:
+        self.steps += 1
 
     def _left(self, channel: Channel) -> None:
         channel.put(None)

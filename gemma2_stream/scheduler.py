@@ -53,7 +53,8 @@ class Scheduler:
     """Serves rows until there are none left; on the worker alone.
 
     `arrivals` gives the rows that have come since it was last called, and `arrived` says whether
-    any have; `left` is called with a channel when the last of its rows is gone, and their memory.
+    any have; `left` is called with a channel when the last of its rows is gone, and their memory;
+    `stepped` at least once between two forwards.
     A `cache` that outlives the scheduler takes one row at a time, and is empty between them.
     """
 
@@ -70,6 +71,7 @@ class Scheduler:
         arrivals: Callable[[], Iterable[Row]],
         arrived: Callable[[], bool],
         left: Callable[[Channel], object],
+        stepped: Callable[[], object],
     ) -> None:
         self._config = config
         self._prefixes = prefixes
@@ -77,6 +79,7 @@ class Scheduler:
         self._arrivals = arrivals
         self._arrived = arrived
         self._left = left
+        self._stepped = stepped
         self._waiting: deque[Row] = deque()
         self._rows_left: Counter[Channel] = Counter()
         # Whether waiting rows may be admitted one step from now, with no row gone.
@@ -97,6 +100,7 @@ class Scheduler:
             while self._admitted():
                 self._prefill()
                 self._decode()
+                self._stepped()
         except BaseException as error:
             for batch in (self._joining, self._decoding):
                 self._waiting.extend(batch.rows)
@@ -215,6 +219,7 @@ class Scheduler:
 
     def _step_done(self) -> bool:
         """Whether, after a step in which no row ended, there is something to do but to decode."""
+        self._stepped()
         if self._joining.rows or self._held_back or self._crowded():
             return True
         if self._limits.join and self._arrived():  # those that can't join wait for the end

@@ -243,6 +243,16 @@ def test_serve_says_what_to_install() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_replicas_say_what_to_install() -> None:
+    """And one machine needs no Ray."""
+    code = "import sys; sys.modules['ray'] = None; import gemma2_stream.server.run; "
+    code += "import gemma2_stream.server.ray"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    error = done.stderr.splitlines()[-1]
+    assert error.endswith("ParameterError: replicas need ray: pip install 'gemma2-stream[ray]'")
+
+
 @pytest.mark.parametrize("page", ["server.md", "server.zh-CN.md"])
 def test_the_page_tells_what_is_there(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Options, fields, paths and metrics: all of them, and no other."""

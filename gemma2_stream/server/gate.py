@@ -71,7 +71,8 @@ class Gate:
         if sum(map(len, said)) > MAX_HEADER_BYTES:  # uvicorn only stops those that come in pieces
             return Refusal(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
         headers = dict(scope["headers"])
-        if scope["path"] not in OPEN_PATHS and not self.settings.keys.admit(
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in OPEN_PATHS and not self.settings.keys.admit(
             headers.get(b"authorization", b"")
         ):
             return Refusal(

@@ -61,7 +61,7 @@ def server(
     making have `drain_seconds` to end. Whoever connects when there are `max_connections` is told to
     come back.
     """
-    _log_to(log or sys.stderr)
+    log_to(log or sys.stderr)
     config = uvicorn.Config(
         create_app(engine, settings),
         host=host,
@@ -161,7 +161,8 @@ class _Lines(logging.Formatter):
         return json.dumps(said, ensure_ascii=False)
 
 
-def _log_to(stream: IO[str]) -> None:
+def log_to(stream: IO[str]) -> None:
+    """Have the server's log on `stream`, as JSON lines, and nowhere else."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Lines())
     for name in ("uvicorn", "gemma2_stream.server"):

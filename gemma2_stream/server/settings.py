@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -27,6 +28,16 @@ class Keys:
                     "beyond ASCII, which no Authorization header carries: make another"
                 )
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @classmethod
+    def read(cls, file: str | None = None) -> Keys:
+        """Those in `file`, one a line, or in $GEMMA2_STREAM_API_KEYS, parted by commas."""
+        if file is None:
+            given = os.environ.get("GEMMA2_STREAM_API_KEYS", "").split(",")
+        else:
+            with open(file, encoding="utf-8") as lines:
+                given = lines.read().splitlines()
+        return cls(key.strip() for key in given if key.strip())
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -68,3 +79,9 @@ class Settings:
                 raise ParameterError(f"{name}={value!r} is not a whole number, 1 or more")
         if not 0 < self.max_seconds < math.inf:
             raise ParameterError(f"max_seconds={self.max_seconds!r} is not a number above 0")
+
+
+def public_name(model: str) -> str:
+    """What clients call `model`: where a folder is concerns nobody."""
+    path = os.path.expanduser(model)
+    return os.path.basename(os.path.abspath(path)) if os.path.isdir(path) else model
