@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 
+import numpy
 import torch
 from torch import nn
 
@@ -33,6 +34,9 @@ def _in_large_pages(weight: torch.Tensor) -> torch.Tensor:
         memory.madvise(advice)
     except OSError:  # a kernel that is built without them
         return weight
+    # By numpy: torch would use OpenMP, which then keeps threads for the thread that loads, and
+    # those of the worker slow down.
+    memory_bytes = numpy.frombuffer(memory, dtype=numpy.uint8)
+    memory_bytes[:] = weight.view(-1).view(torch.uint8).numpy()
     # The tensor keeps the mapping, and the mapping ends with it.
-    moved = torch.frombuffer(memory, dtype=weight.dtype, count=weight.numel())
-    return moved.view_as(weight).copy_(weight)
+    return torch.frombuffer(memory, dtype=weight.dtype).view_as(weight)

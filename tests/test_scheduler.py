@@ -113,7 +113,7 @@ def test_a_newcomer_waits_for_one_step_and_its_own_prefill(
     """Three chunks of prefill, one step of the others between them, and then its first token."""
     engine = make()
     watch, arrivals = arriving(engine)
-    long = "word " * 1200
+    long = "word " * 2200
     arrivals.at(10, long, max_new_tokens=2)
     text(engine.submit([request(engine, "Who are you?", max_new_tokens=40)]))
     engine.join()
@@ -122,7 +122,7 @@ def test_a_newcomer_waits_for_one_step_and_its_own_prefill(
     between = watch.tokens[10:joined]
     chunks = [tokens for tokens in between if tokens > 1]
     assert sum(chunks) == len(engine.encode(long)) - 1
-    assert chunks[:-1] == [512, 512]
+    assert chunks[:-1] == [1024, 1024]
     assert all(a > 1 or b > 1 for a, b in itertools.pairwise(between))
     assert text(arrivals.streams[long]) == reference(engine, long, 2)
 
@@ -134,7 +134,7 @@ def test_a_long_prompt_that_joins_does_not_hold_up_the_others(
     """The rows that decode get a token between any two chunks of the newcomer's prefill."""
     engine = make()
     watch, arrivals = arriving(engine)
-    arrivals.at(5, "word " * 2000, max_new_tokens=1)
+    arrivals.at(5, "word " * 3100, max_new_tokens=1)
     text(engine.submit([request(engine, "x", max_new_tokens=30)]))
     engine.join()
     prefill = [n for n, tokens in enumerate(watch.tokens) if tokens > 1][1:]
@@ -202,13 +202,13 @@ def test_a_newcomer_that_breaks_its_prefill_leaves_the_others_alone(
     arriving: Callable[[Gemma2Engine], tuple[Forwards, Arrivals]],
 ) -> None:
     engine = make()
-    long = "word " * 700
+    long = "word " * 1100
     expected = reference(engine, "x", 20)
     _watch, arrivals = arriving(engine)
     arrivals.at(5, long, max_new_tokens=4)
 
     def refuse(_: object, args: object, kwargs: dict[str, Any]) -> None:
-        if kwargs["input_ids"].shape[1] == 512:
+        if kwargs["input_ids"].shape[1] == 1024:
             raise OSError("no room")
 
     handle = engine.model.model.register_forward_pre_hook(refuse, with_kwargs=True)

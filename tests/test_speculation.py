@@ -273,16 +273,16 @@ def test_an_assistant_does_not_delay_the_first_token(demo_engine: Gemma2Engine) 
         model.register_forward_pre_hook(note(who), with_kwargs=True)
         for who, model in (("model", demo_engine.model), ("assistant", assistant))
     ]
-    ids = demo_engine.encode("word and word " * 400)
-    assert len(ids) > 1024
+    ids = demo_engine.encode("word and word " * 800)
+    assert len(ids) > 2048
     with Gemma2Engine(demo_engine.model, demo_engine.tokenizer, assistant=assistant) as engine:
         _answer(engine, _request(ids, max_new_tokens=6))
     for handle in handles:
         handle.remove()
     chunks = [columns for who, columns in order if who == "assistant"]
     assert order[0][0] == "model"
-    assert order[1:4] == [("assistant", 512), ("model", 1), ("assistant", 512)]
-    assert max(chunks) == 512
+    assert order[1:4] == [("assistant", 1024), ("model", 1), ("assistant", 1024)]
+    assert max(chunks) == 1024
 
 
 def test_an_assistant_goes_back_with_the_row(demo_engine: Gemma2Engine) -> None:
