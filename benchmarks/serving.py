@@ -11,8 +11,9 @@ What: streamed answers to the same questions, by an engine in process and over l
              is 0.3 ms of CPU a token more than the same engine in process
     demo     what a client sees of the demo, or of `--layers`: milliseconds a token and to the first
              of one client, tokens a second of 1 to 64 at once, by the engine in process,
-             `gemma2-stream serve`, and the peers: `transformers serve` on the same weights, and
-             vLLM's server where `--vllm-python` names an environment that has it (`make vllm`)
+             `gemma2-stream serve`, the same in one replica of Ray Serve where the extra `[ray]` is
+             installed, and the peers: `transformers serve` on the same weights, and vLLM's server
+             where `--vllm-python` names an environment that has it (`make vllm`)
 
 Why: the engine makes tokens for as many as there are; what is around it should not be felt. A model
 of a few megabytes is the hardest case, since its tokens are the quickest to come.
@@ -55,6 +56,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -90,7 +92,7 @@ CLIENTS = (1, 4, 16, 64)
 TOKENS = 32  # at most, of an answer of the model
 QUESTIONS = ("你是谁", "What is a token?", "What is Gemma 2?", "How do I stream?", "Hello")
 ENGINE, SERVER = "engine in process", "gemma2-stream serve"
-TRANSFORMERS, VLLM = "transformers serve", "vLLM"
+RAY, TRANSFORMERS, VLLM = "Ray Serve, one replica", "transformers serve", "vLLM"
 IN_TURN = {TRANSFORMERS: 4}  # clients at most, of whoever answers one after another
 START_S = 300  # within which a server must be up
 PACED = {"engine": "paced", "server": "paced server"}
@@ -302,6 +304,23 @@ def ours(model: str) -> Server:
     return Server(lambda port: [*words, "--max-rows", rows, "--port", str(port)])
 
 
+def ray_serve(model: str) -> Server:
+    """The same application behind Ray's proxy, in one replica with one thread."""
+    arguments = {"model": model, "name": "served", "allow_public_without_key": True}
+    deployment = {"name": "Gemma2", "max_ongoing_requests": max(CLIENTS)}
+    application = {"name": "served", "route_prefix": "/", "args": arguments}
+    application |= {"import_path": "gemma2_stream.server.ray:app", "deployments": [deployment]}
+    arguments["max_rows"] = max(CLIENTS)
+
+    def command(port: int) -> list[str]:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as file:
+            listening = {"host": "127.0.0.1", "port": port}
+            json.dump({"http_options": listening, "applications": [application]}, file)
+        return [str(Path(sys.executable).with_name("serve")), "run", file.name]
+
+    return Server(command, environment={"RAY_USAGE_STATS_ENABLED": "0"})
+
+
 def transformers_serve(model: str) -> Server:
     words = [str(Path(sys.executable).with_name("transformers")), "serve", model]
     words += ["--device", "cpu", "--host", "127.0.0.1", "--port"]
@@ -331,6 +350,8 @@ def sides_of(options: argparse.Namespace, model: str, stack: ExitStack) -> dict[
         SERVER: lambda: ours(model),
     }
     if not options.quick:
+        if find_spec("ray") is not None:
+            begin[RAY] = lambda: ray_serve(model)
         begin[TRANSFORMERS] = lambda: transformers_serve(model)
     if options.vllm_python:
         begin[VLLM] = lambda: vllm(options.vllm_python, model)
@@ -559,6 +580,7 @@ def plot(document: Result, path: str) -> None:
     styles = {
         ENGINE: (INK, "o--"),
         SERVER: (OURS, "o-"),
+        RAY: (OURS, "s--"),
         TRANSFORMERS: (RIVAL, "^--"),
         VLLM: (RIVAL, "s-"),
     }
