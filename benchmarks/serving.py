@@ -30,8 +30,7 @@ one round, and its interval a 95 % bootstrap of the median.
     demo     Questions are new ones with `--layers`, where the text never ends by itself; those of
              the demo are few, and in everybody's prefix cache.
     peers    `transformers serve` answers one after another, so it is asked by 4 at most; its
-             continuous batching leaves Gemma 2's soft-capping out, which makes other text. vLLM
-             cannot run the demo, whose heads have a size that it does not know.
+             continuous batching leaves Gemma 2's soft-capping out, which makes other text.
 
 Prints Markdown; progress goes to stderr; the last line is JSON with every figure.
 """
