@@ -5,7 +5,9 @@ Knows torch and Linux's transparent huge pages (`man 2 madvise`), and nothing of
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from typing import Any
 
 import numpy
 import torch
@@ -15,28 +17,29 @@ LARGE_PAGE = 2 * 2**20  # bytes
 
 
 def enlarge(model: nn.Module) -> None:
-    """Move the weights of `model`, on a CPU, into memory whose pages are large.
+    """Move the weights of `model`, on a CPU, into memory whose pages are large where it fills one.
 
-    One weight after the other, so that no more than one is there twice; tied ones stay tied. Where
-    the system has no such pages to ask for, weights stay where they are.
+    One weight after the other, so that no more than one is there twice; tied ones stay tied. Small
+    ones move too, or the whole file stays mapped. Without Linux nothing moves.
     """
-    for weight in model.parameters():
-        if weight.nbytes >= LARGE_PAGE and weight.is_contiguous():
-            weight.data = _in_large_pages(weight.data)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        for weight in model.parameters():
+            weight.data = _moved(weight.data)
 
 
-def _in_large_pages(weight: torch.Tensor) -> torch.Tensor:
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)
-    if advice is None:
-        return weight
-    memory = mmap.mmap(-1, weight.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(advice)
-    except OSError:  # a kernel that is built without them
-        return weight
+def _moved(weight: torch.Tensor) -> torch.Tensor:
     # By numpy: torch would use OpenMP, which then keeps threads for the thread that loads, and
     # those of the worker slow down.
-    memory_bytes = numpy.frombuffer(memory, dtype=numpy.uint8)
-    memory_bytes[:] = weight.view(-1).view(torch.uint8).numpy()
-    # The tensor keeps the mapping, and the mapping ends with it.
-    return torch.frombuffer(memory, dtype=weight.dtype).view_as(weight)
+    memory = _memory(weight.nbytes)
+    memory[:] = weight.contiguous().view(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(memory).view(weight.dtype).view(weight.shape)
+
+
+def _memory(size: int) -> Any:
+    """An array of so many bytes; a mapping of its own, which ends with it, where that pays."""
+    if size < LARGE_PAGE:
+        return numpy.empty(size, numpy.uint8)
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a kernel that is built without them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return numpy.frombuffer(mapping, numpy.uint8)

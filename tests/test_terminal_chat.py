@@ -359,6 +359,10 @@ def press_ctrl_c() -> None:
     signal.pthread_kill(ident, signal.SIGINT)
 
 
+# A signal that comes just before a thread begins to wait is seen when the thread wakes: by a chunk.
+CTRL_C: list[Piece] = [press_ctrl_c, ""]
+
+
 class Stderr(io.StringIO):
     """Where the chat says that it has stopped."""
 
@@ -409,7 +413,7 @@ def test_a_stopped_answer_stays_in_the_conversation(
     """What was said is shown, sent with the next question, and saved with a mark."""
     out, held, path = Terminal(), threading.Event(), tmp_path / "talk.json"
     engine = scripted(
-        ["half an ", "answer", lambda: out.wait_for("half an answer"), press_ctrl_c, held.wait]
+        ["half an ", "answer", lambda: out.wait_for("half an answer"), *CTRL_C, held.wait]
     )
     result = talk(engine, "first", "second", f"/save {path}", out=out)
     held.set()
@@ -427,7 +431,7 @@ def test_a_question_that_is_stopped_before_a_word_is_taken_back(
     talk: Talk, scripted: Callable[..., Scripted]
 ) -> None:
     held = threading.Event()
-    engine = scripted([press_ctrl_c, held.wait])
+    engine = scripted([*CTRL_C, held.wait])
     result = talk(engine, "first", "second", out=Terminal())
     held.set()
     assert "first" not in engine.prompts[1]
@@ -437,7 +441,7 @@ def test_a_question_that_is_stopped_before_a_word_is_taken_back(
 def test_ctrl_c_ends_a_pipe(talk: Talk, scripted: Callable[..., Scripted]) -> None:
     held = threading.Event()
     with pytest.raises(KeyboardInterrupt):
-        talk(scripted(["half", press_ctrl_c, held.wait]), "hello")
+        talk(scripted(["half", *CTRL_C, held.wait]), "hello")
     held.set()
 
 
