@@ -40,7 +40,7 @@ from .errors import (
 from .generation import defaults_of, end_ids
 from .prompt import PromptEncoder
 from .stop import StopFilter
-from .stream import Channel, TokenStream
+from .stream import Channel, TokenStream, each
 from .types import (
     Chunk,
     FinishReason,
@@ -181,17 +181,7 @@ class RemoteEngine:
 
         Raises EngineClosedError.
         """
-        return [self._submitted(request) for request in requests]
-
-    def _submitted(self, request: Request) -> TokenStream:
-        try:
-            return self.submit([request])
-        except EngineClosedError:
-            raise
-        except Gemma2StreamError as refusal:
-            channel = Channel([request])
-            channel.fail(refusal)
-            return TokenStream(channel)
+        return each(self.submit, requests)
 
     def join(self) -> None:
         """Wait until everything submitted so far is over and its connections are closed."""

@@ -12,6 +12,7 @@ by `del`, or by an exception that unwinds past it, the channel is cancelled and 
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -20,7 +21,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from .errors import GenerationTimeoutError
+from .errors import EngineClosedError, Gemma2StreamError, GenerationTimeoutError
 from .types import Chunk, Request, Usage
 
 # Exceptions that iteration and asyncio would take for an end or a cancellation of their own.
@@ -45,6 +46,7 @@ class Channel:
         self._items: queue.SimpleQueue[Chunk | BaseException | None] = queue.SimpleQueue()
         self._wake: Callable[[], object] | None = None
         self._end: Callable[[], object] | None = None
+        _channels.add(self)
 
     def when_cancelled(self, call: Callable[[], object]) -> None:
         """Have `call` called once nobody wants more, on whichever thread that comes to pass; for a
@@ -100,6 +102,30 @@ class Channel:
     def unread(self) -> int:
         """How many items the reader has not taken yet."""
         return self._items.qsize()
+
+    def forked(self) -> None:
+        """In a child process: end what no thread works on here, so that nobody waits for it."""
+        if not self.finished.is_set():
+            self._end = None  # it is the parent's
+            self.fail(
+                EngineClosedError(
+                    "this answer was begun before a fork, and threads do not survive one: make the "
+                    "model in the child, or start processes with multiprocessing's 'spawn'"
+                )
+            )
+            self.finished.set()
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for channel in list(_channels):
+        channel.forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class TokenStream:
@@ -229,3 +255,23 @@ class TokenStream:
             f"the answer was not complete after timeout={self._timeout} s: raise the timeout, or "
             "ask for less with max_new_tokens"
         )
+
+
+def each(
+    submit: Callable[[Sequence[Request]], TokenStream], requests: Sequence[Request]
+) -> list[TokenStream]:
+    """What `submit` gives for each of `requests` by itself; one that is refused has a stream that
+    raises it. Raises EngineClosedError.
+    """
+
+    def submitted(request: Request) -> TokenStream:
+        try:
+            return submit([request])
+        except EngineClosedError:
+            raise
+        except Gemma2StreamError as refusal:
+            channel = Channel([request])
+            channel.fail(refusal)
+            return TokenStream(channel)
+
+    return [submitted(request) for request in requests]

@@ -15,10 +15,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from .errors import EngineClosedError, Gemma2StreamError, ParameterError
+from .errors import EngineClosedError, ParameterError
 from .prompt import alternating
 from .stop import StopFilter
-from .stream import Channel, TokenStream
+from .stream import Channel, TokenStream, each
 from .types import Chunk, FinishReason, Request, SamplingParams, Turn, Usage
 
 Step = str | BaseException | threading.Event
@@ -115,17 +115,7 @@ class FakeEngine:
 
     def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
         """The same, with a stream for each; one that is refused raises it when it is read."""
-        return [self._submitted(request) for request in requests]
-
-    def _submitted(self, request: Request) -> TokenStream:
-        try:
-            return self.submit([request])
-        except EngineClosedError:
-            raise
-        except Gemma2StreamError as refusal:
-            channel = Channel([request])
-            channel.fail(refusal)
-            return TokenStream(channel)
+        return each(self.submit, requests)
 
     def join(self) -> None:
         """Wait until every request so far is over, such as after one was cancelled."""

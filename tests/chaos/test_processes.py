@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from gemma2_stream import ChatGemma2, Gemma2Engine
 
 pytestmark = pytest.mark.chaos
 
+TESTS = Path(__file__).parent.parent
 QUESTIONS = ("Hello", "你是谁", "What is a token?", "How do I stream?")
 TOKENS = 30
 CLIENTS = 8
@@ -50,6 +52,28 @@ assert text + "".join(begun) == right
 assert llm.invoke("How do I stream?") == right
 """
 
+FORK_OF_A_CLIENT = """
+import os, sys, threading
+sys.path.insert(0, sys.argv[1])
+from wire import HEAD, Wire, text
+from gemma2_stream import EngineClosedError
+waits = threading.Event()
+with Wire([HEAD, text("Hel"), waits]) as wire:
+    llm = wire.model()
+    begun = llm.stream("hi")
+    assert next(begun) == "Hel"
+    assert waits.wait(30)
+    if os.fork() == 0:
+        try:
+            next(begun)
+        except EngineClosedError as error:
+            os._exit(0 if "fork" in str(error) else 3)
+        os._exit(4)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+    assert not wire.left.is_set()
+    begun.close()
+"""
+
 EXIT = """
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +95,8 @@ for event in reading:
 
 def run(code: str) -> None:
     """To a clean end, without a word."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    command = [sys.executable, "-c", code, str(TESTS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     lines = done.stderr.replace("\r", "\n").splitlines()
     said = [line for line in lines if line.strip() and "Loading weights" not in line]
     # From 3.12 on, Python itself warns of every fork in a process with threads.
@@ -82,6 +107,11 @@ def run(code: str) -> None:
 def test_a_fork_in_the_middle_of_an_answer() -> None:
     """The parent's goes on; the child is told, also where it reads on, and may make its own."""
     run(FORK)
+
+
+def test_a_fork_in_the_middle_of_a_servers_answer() -> None:
+    """The child is told where it reads on, and the parent's connection stays."""
+    run(FORK_OF_A_CLIENT)
 
 
 def test_the_interpreter_ends_while_other_threads_read() -> None:
