@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -124,6 +126,47 @@ def test_a_caller_who_leaves_stops_the_model(
     fastapi_stream["chat"].engine.join()
     fastapi_stream["chat"].callbacks = None
     assert watch.count <= 7
+
+
+def test_a_caller_who_leaves_while_a_token_waits_to_be_sent_stops_the_model(
+    fastapi_stream: dict[str, Any], watch: Forwards
+) -> None:
+    """Its connection takes no second token; then it is gone, and no garbage is collected."""
+    reached, release = watch.gate(8)
+    left = Left()
+    fastapi_stream["chat"].callbacks = [left]
+    full = asyncio.Event()
+    body = {"type": "http.request", "body": json.dumps({"question": QUESTION}).encode()}
+    received = iter([body])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(received, None)) is None:
+            await full.wait()
+            # Long enough for each buffer between the model and the connection to fill.
+            await asyncio.to_thread(reached.wait, 30)
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            full.set()
+            await asyncio.Event().wait()
+
+    async def leave() -> None:
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/ask", "headers": headers}
+        await fastapi_stream["app"](scope | {"query_string": b""}, receive, send)
+        assert await asyncio.to_thread(left.event.wait, 30)
+
+    gc.disable()
+    try:
+        asyncio.run(leave())
+    finally:
+        gc.enable()
+        release.set()
+        fastapi_stream["chat"].callbacks = None
+    fastapi_stream["chat"].engine.join()
+    assert watch.count <= 9
 
 
 def test_an_error_is_an_event_and_the_next_caller_is_answered(
