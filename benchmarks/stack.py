@@ -27,6 +27,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
 
 from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
 from gemma2_stream.presets import LARGE, choose
 from gemma2_stream.products import hasten
@@ -125,6 +126,7 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
     choice = choose(None, device="cpu", dtype=str(model.dtype)[6:], size=LARGE)
     if choice.preset == "speed":
         hasten(mine)
+        ease(mine)
     enlarge(mine)
     return mine
 

@@ -66,12 +66,15 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 end = start
             for buffer in buffers:
                 buffer[number, :, :end] = 0
+                buffer[number, :, width:] = 0
         self._buffers = buffers  # type: ignore[assignment]  # two of two
         self._show(width)
 
     def _grow(self, keys: torch.Tensor, values: torch.Tensor, used: int, room: int) -> None:
         old = self._buffers
         grown = [like.new_empty(*like.shape[:2], room, like.shape[3]) for like in (keys, values)]
+        for new in grown:
+            new[:, :, used:] = 0
         if old is not None:
             for new, before in zip(grown, old, strict=True):
                 new[:, :, :used] = before[:, :, :used]
@@ -79,10 +82,24 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _show(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._buffers is not None
-        keys, values = (buffer[:, :, :tokens] for buffer in self._buffers)
+        keys, values = (_shown(buffer, tokens) for buffer in self._buffers)
         self.device, self.is_initialized = keys.device, True
         self.keys, self.values = keys, values
         return keys, values
+
+
+def _shown(buffer: torch.Tensor, tokens: int) -> torch.Tensor:
+    shown = buffer[:, :, :tokens]
+    shown.buffer = buffer  # type: ignore[attr-defined]  # for `with_room`
+    return shown
+
+
+def with_room(states: torch.Tensor) -> torch.Tensor:
+    """`states` as a layer gave them, and behind them the room for more, which is finite and whose
+    tokens are nobody's; without gaps between heads, for which torch would make a copy.
+    """
+    buffer: torch.Tensor = getattr(states, "buffer", states)
+    return buffer
 
 
 class KVCache(DynamicCache):

@@ -249,6 +249,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
     import torch
 
     from .attention import prefer_grouped
+    from .norms import ease
     from .pages import enlarge
     from .products import hasten, shrink
 
@@ -258,6 +259,8 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
             shrink(model, getattr(torch, weights.dtype))
         elif weights.preset == "speed":
             hasten(model)
+        if weights.preset != "exact":
+            ease(model)
         enlarge(model)
     if weights.attention is None:
         prefer_grouped(model)

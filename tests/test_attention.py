@@ -14,7 +14,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 from gemma2_stream import Gemma2Engine, Gemma2LLM, ParameterError
 from gemma2_stream.attention import SMALL, grouped_attention, prefer_grouped
 from gemma2_stream.batch import _CACHE_NAME
-from gemma2_stream.kv import KVCache
+from gemma2_stream.kv import KVCache, KVLayer, with_room
 
 
 def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torch.Tensor:
@@ -77,6 +77,48 @@ def test_many_scores_are_computed_head_by_head(dtype: torch.dtype, rows: int) ->
     ours, _ = grouped_attention(module, *given, scaling=0.25, softcap=5.0)
     assert ours.shape == (rows, new, 4, 16)
     assert torch.allclose(ours, theirs, atol=1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("new", [1, 40])
+def test_the_room_behind_the_tokens_is_read_and_weighs_nothing(new: int) -> None:
+    """A cache shows states with gaps between the heads, which torch would copy to multiply."""
+    layer = KVLayer()
+    states = torch.randn(2, 3, 2, 100, 16, dtype=torch.bfloat16)
+    layer.update(*states[..., :99, :])
+    key, value = layer.update(*states[..., 99:, :])
+    for shown in (key, value):
+        room = with_room(shown)
+        assert room.is_contiguous()
+        assert room.shape[2] > shown.shape[2] == 100
+        assert torch.equal(room[:, :, :100], shown)
+        assert not room[:, :, 100:].any()
+        room[:, :, 100:] = 1000.0  # of a row that was longer, and had it been seen
+    query = torch.randn(3, 4, new, 16, dtype=torch.bfloat16)
+    mask = torch.zeros(1, 1, new, 100, dtype=torch.bfloat16)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    theirs, _ = eager_attention_forward(module, query, *states, mask, scaling=0.25, softcap=5.0)
+    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.25, softcap=5.0)
+    assert torch.allclose(ours, theirs, atol=0.02)
+
+
+def test_room_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or zero times what is there would be no number. New memory is NaN here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        loaded, grown = KVLayer(), KVLayer()
+        loaded.load([[(torch.ones(2, n, 16), torch.ones(2, n, 16))] for n in (50, 60)], 60)
+        for tokens in (10, 80):
+            grown.update(*torch.ones(2, 2, 2, tokens, 16))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for layer, tokens in ((loaded, 60), (grown, 90)):
+        for shown in (layer.keys, layer.values):
+            assert shown.shape[2] == tokens
+            assert with_room(shown).isfinite().all()
+            assert not with_room(shown)[:, :, tokens:].any()
 
 
 def test_gemma_2_takes_it_unless_told_otherwise() -> None:

@@ -117,6 +117,15 @@ def test_a_row_has_its_logits_side_by_side() -> None:
     assert model(torch.zeros(5, 1, dtype=torch.int64)).logits.is_contiguous()
 
 
+@pytest.mark.parametrize("rows", [1, 2, MANY, MANY + 1])
+def test_a_head_of_many_blocks_is_the_same_head(rows: int) -> None:
+    head = linear(outs=2 * BLOCK + 96)
+    expected = functional.linear(x := torch.randn(1, rows, 64).bfloat16(), head.weight)
+    head.__class__ = HeadLinear
+    assert error(head(x), expected) < 5e-3
+    assert head(x).is_contiguous()
+
+
 def test_in_float32_nothing_is_changed() -> None:
     model = random_gemma(vocab=320)
     before = [type(module) for module in model.modules()]
