@@ -10,14 +10,13 @@ from __future__ import annotations
 import atexit
 import copy
 import functools
-import os
 import queue
 import threading
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Self
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, StaticCache
@@ -25,7 +24,6 @@ from transformers import GenerationConfig, StaticCache
 from .detokenizer import detokenizer_for
 from .errors import (
     EngineBusyError,
-    EngineClosedError,
     Gemma2StreamError,
     ParameterError,
 )
@@ -34,6 +32,7 @@ from .grammar import Grammars
 from .kv import can_join, token_bytes
 from .prefixes import PrefixCache
 from .prompt import PromptEncoder
+from .resident import Resident
 from .scheduler import Limits, Scheduler, free_bytes
 from .speculation import Assistant, Drafter, Lookup
 from .stream import Channel, TokenStream
@@ -52,7 +51,7 @@ from .types import (
 _PREFIX_SHARE, _PREFIX_MOST = 0.1, 4 * 2**30
 
 
-class Gemma2Engine:
+class Gemma2Engine(Resident):
     """Runs a transformers model for many callers.
 
         with Gemma2Engine(model, tokenizer) as engine:
@@ -114,9 +113,9 @@ class Gemma2Engine:
             _check_places(model)
             max_rows, prefix_cache_bytes = 1, 0
         _check_fast(tokenizer)
+        super().__init__(name or model.config._name_or_path or f"unnamed-{uuid.uuid4().hex}")
         self.model = model
         self.tokenizer = tokenizer
-        self.name = name or model.config._name_or_path or f"unnamed-{uuid.uuid4().hex}"
         self._encoder = PromptEncoder(tokenizer)
         self._detokenizer = detokenizer_for(tokenizer)
         self._config = _greedy(model, tokenizer)
@@ -149,11 +148,8 @@ class Gemma2Engine:
         self._drafters = _drafters(model, assistant, prompt_lookup_num_tokens)
         self._jobs: _Jobs = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._closed = False
         self._channels: set[Channel] = set()
         self.steps = 0
-        self._pid = os.getpid()
         # The worker refers to its engine only while there is work, so that an engine nobody holds
         # is garbage; this is what ends its thread then.
         weakref.finalize(self, self._jobs.put, None).atexit = False
@@ -168,10 +164,6 @@ class Gemma2Engine:
         """Where prompt ids go: the device of the embedding."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
 
     def encode(self, prompt: str | Sequence[Turn], *, raw: bool = False) -> list[int]:
         """Prompt ids: a string is one user turn, or with `raw` the whole prompt.
@@ -215,10 +207,7 @@ class Gemma2Engine:
 
     def _queue(self, channels: Sequence[Channel]) -> None:
         with self._lock:
-            if self._closed:
-                raise self._closed_error()
-            if self._pid != os.getpid():
-                raise self._forked_error()
+            self._check_open()
             self._refuse_beyond_the_queue(channels)
             channels = [channel for channel in channels if channel.error is None]
             if self._worker is None:
@@ -269,34 +258,6 @@ class Gemma2Engine:
         self.model = self.assistant = self._cache = None
         self._drafters.clear()
         self.prefixes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # one process, one copy of the weights
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "an engine holds a thread and loaded weights and cannot be pickled: pickle "
-            "Gemma2LLM(model=...), which loads them again where it is unpickled"
-        )
-
-    def _closed_error(self) -> EngineClosedError:
-        return EngineClosedError(f"the engine of {self.name!r} was closed: load the model again")
-
-    def _forked_error(self) -> EngineClosedError:
-        return EngineClosedError(
-            f"{self!r} was made before a fork, and threads do not survive one: make it in the "
-            "child, or start processes with multiprocessing's 'spawn'"
-        )
-
-    def _forked(self) -> None:
-        """In the child, where channels end by themselves."""
-        self._lock = threading.Lock()  # another thread may have held it
 
     def _checked(self, request: Request) -> Request:
         """`request` with every parameter resolved and every refusal made."""
@@ -370,15 +331,6 @@ def _close_all() -> None:
     """A daemon thread inside torch while the interpreter goes down is a crash: end them first."""
     for engine in list(_open_engines):
         engine.close()
-
-
-def _after_fork() -> None:
-    for engine in list(_open_engines):
-        engine._forked()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _work(jobs: _Jobs) -> None:

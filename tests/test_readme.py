@@ -16,7 +16,7 @@ from serving import Serving, serving
 
 import gemma2_stream
 from gemma2_stream import ChatGemma2, Gemma2LLM
-from gemma2_stream.cli import _parsed
+from gemma2_stream.cli import parsed
 from gemma2_stream.formats import FORMAT_NAMES
 
 ROOT = Path(gemma2_stream.__file__).parent.parent
@@ -118,7 +118,7 @@ def test_command_lines_are_right(readme: str, served: Serving) -> None:
             command = re.sub(r"^(\w+=\S+ )+", "", command)  # environment variables
             match shlex.split(command.partition(">")[0]):
                 case ["gemma2-stream", *arguments]:
-                    assert callable(_parsed(arguments).run)
+                    assert callable(parsed(arguments).run)
                 case ["curl", url, "-H", header, "-d", body]:
                     headers = [header.split(": ")]
                     asked = here(body, served)

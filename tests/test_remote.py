@@ -45,7 +45,8 @@ from gemma2_stream import (
     SamplingParams,
     ServerError,
 )
-from gemma2_stream.remote import RemoteEngine, RemoteSpec, _pause
+from gemma2_stream.remote import RemoteEngine, RemoteSpec
+from gemma2_stream.remote.failures import pause
 
 WHO = "你是谁"
 TOKEN = "What is a token?"
@@ -389,7 +390,7 @@ def test_it_waits_as_the_server_says_or_ever_longer(
     asked = httpx2.Request("POST", "http://gpu/v1/completions")
     response = httpx2.Response(503, headers=said, request=asked)
     refused.__cause__ = openai.InternalServerError("busy", response=response, body=None)
-    assert least <= _pause(refused, again) <= most
+    assert least <= pause(refused, again) <= most
 
 
 def test_the_last_try_tells_its_error() -> None:

@@ -29,7 +29,9 @@ import test_cli
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, convert_to_messages
+from serving import serving
 from tiny import Forwards
+from wire import HEAD, WHOLE, Wire, text
 
 from gemma2_stream import (
     Channel,
@@ -42,13 +44,16 @@ from gemma2_stream import (
     TokenStream,
     Usage,
     markdown,
+    terminal_chat,
 )
 from gemma2_stream.cli import main
 from gemma2_stream.markdown import Blocks, MarkdownScreen, printable
+from gemma2_stream.server import Keys
 from gemma2_stream.terminal_chat import run
 
 endless = test_cli.endless  # a fixture, found by its name
 WIDTH, HEIGHT = 60, 12
+THERE = ["--base-url", "http://127.0.0.1:9/v1"]
 Piece = str | BaseException | Callable[[], object]
 
 
@@ -598,6 +603,13 @@ def test_the_options_reach_the_model(
         (["--raw"], 2, "--raw"),
         (["--temperature", "-1"], 2, "temperature=-1.0"),
         (["--model", "./no-such-folder"], 1, "./no-such-folder"),
+        (["--base-url", "gpu:8000"], 2, "base_url='gpu:8000' is no address"),
+        ([*THERE, "--dtype", "float32"], 2, "dtype='float32' says how to run weights here"),
+        ([*THERE, "--device-map", "cpu"], 2, "device_map='cpu' says how to run weights here"),
+        ([*THERE, "--preset", "memory"], 2, "leave it out, and tell the server"),
+        ([*THERE, "--tokenizer", "./no-such-folder"], 1, "./no-such-folder"),
+        (["--tokenizer", "demo"], 2, "give its base_url too"),
+        ([*THERE, "--api-key", "sk-0"], 2, "--api-key"),
     ],
 )
 def test_what_is_wrong_from_the_start_ends_it(
@@ -634,6 +646,109 @@ def test_a_reader_that_leaves_ends_a_pipe(request: pytest.FixtureRequest) -> Non
         err = process.stderr.read()
         assert process.wait(60) == 141
     assert b"Traceback" not in err
+
+
+# A server ----------------------------------------------------------------------------------------
+
+KEY = "sk-0123456789abcdef"
+
+
+@pytest.fixture
+def chat(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """`chat(url, option, ..., asked=[...], key="")`: the command line, its questions in a pipe."""
+
+    def call(url: str, *options: str, asked: list[str], key: str | None = None) -> Result:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in asked)))
+        monkeypatch.delenv("GEMMA2_STREAM_API_KEY", raising=False)
+        if key is not None:
+            monkeypatch.setenv("GEMMA2_STREAM_API_KEY", key)
+        capsys.readouterr()
+        status = main(["chat", "--base-url", url, "--tokenizer", "demo", *options])
+        return Result(status, *capsys.readouterr())
+
+    return call
+
+
+def test_a_server_answers_as_the_engine_in_process(
+    chat: Talk, talk: Talk, demo_engine: Gemma2Engine
+) -> None:
+    """The same text, and the server saw each question once."""
+    asked = ["Who are you?", "你是谁"]
+    with serving(demo_engine, keys=Keys([KEY])) as server:
+        there = chat(f"{server.url}/v1", "--model", "served", asked=asked, key=KEY)
+        assert [line["status"] for line in server.said("/v1/completions")] == [200, 200]
+    assert there == talk(demo_engine, *asked)
+    assert there.out.count("\n") >= 2
+
+
+@pytest.mark.parametrize("key", [None, "", "another"])
+def test_a_server_that_wants_a_key_gets_that_of_its_own_variable(
+    chat: Talk, demo_engine: Gemma2Engine, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    """Never OpenAI's, though that would be the right one here."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with serving(demo_engine, keys=Keys([KEY])) as server:
+        status, out, err = chat(f"{server.url}/v1", "--model", "served", asked=["a", "b"], key=key)
+    assert (status, out) == (1, "")
+    lines = err.splitlines()
+    assert len(lines) == 2  # a question that fails does not end the conversation
+    assert all("refuses the key" in line for line in lines)
+
+
+def test_without_a_server_the_key_goes_nowhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not to a hub, which is asked with `api_key` where there is no server."""
+    made: list[ChatGemma2] = []
+    monkeypatch.setenv("GEMMA2_STREAM_API_KEY", KEY)
+    monkeypatch.setattr(terminal_chat, "run", lambda chat, **_: made.append(chat) or 0)
+    assert main(["chat"]) == 0
+    assert [chat.api_key for chat in made] == [None]
+
+
+def test_an_answer_that_breaks_off_is_told_and_kept(chat: Talk, demo_engine: Gemma2Engine) -> None:
+    """The next question goes over with it, and with the system prompt and the options."""
+    with Wire([HEAD, text("Hel")], WHOLE) as wire:
+        options = ["--model", "m", "--seed", "7", "--system", "Be brief."]
+        status, out, err = chat(wire.url, *options, asked=["a", "b"])
+    said = ["Be brief.\n\na", "Hel", "b"]
+    roles = ["user", "assistant", "user"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+    assert wire.asked[1]["prompt"] == demo_engine.encode(turns)
+    assert [asked["seed"] for asked in wire.asked] == [7, 7]
+    assert (status, out) == (1, "Hel\nHello\n")
+    assert err.startswith(f"gemma2-stream: the server at {wire.url} ended the answer")
+    assert err.count("\n") == 1
+
+
+def test_a_model_that_the_server_does_not_have_is_told_with_those_that_it_has(chat: Talk) -> None:
+    with Wire() as wire:
+        status, out, err = chat(wire.url, "--model", "demo", asked=["a"])
+    assert (status, out) == (1, "")
+    assert "has no model 'demo', but 'm'" in err
+
+
+def test_ctrl_c_closes_the_connection_and_keeps_the_conversation(
+    stderr: Stderr, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(sys, "stdin", Terminal("first\nsecond\n"))
+
+    def press() -> None:
+        out.wait_for("Hel")
+        press_ctrl_c()
+        while not stderr.stopped.wait(5):  # it came just before the wait began
+            press_ctrl_c()
+
+    presses = threading.Thread(target=press, daemon=True)
+    presses.start()
+    with Wire([HEAD, text("Hel"), threading.Event()], WHOLE) as wire:
+        assert run(wire.model(ChatGemma2), system=None, out=out) == 0
+        assert wire.left.wait(30)
+    presses.join(30)
+    assert shown(out.getvalue()).split() == ["Hel", "Hello", ">"]
+    assert "Stopped." in stderr.getvalue()
 
 
 class Session:
