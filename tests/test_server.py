@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -379,6 +380,15 @@ def test_text_of_every_script_in_any_pieces() -> None:
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in grown) == text
 
 
+def test_what_comes_at_once_is_written_at_once() -> None:
+    """The role with the first token, and the usage with the end: a write is what costs."""
+    with serving(FakeEngine(["Hello"])) as server, server.connect() as client:
+        client.sendall(request(stream=True, stream_options={"include_usage": True}))
+        _, _, body = read_until(client, b"\r\n0\r\n\r\n").partition(b"\r\n\r\n")
+    writes = re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", body)[1:-1]  # each is a chunk of HTTP's
+    assert [write.count(b"data: ") for write in writes] == [2, 1, 2]
+
+
 # What is refused ---------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -535,13 +545,15 @@ def test_time_runs_out() -> None:
         assert '"code":"timeout"' in server.chat(stream=True).text
 
 
-def test_a_closed_engine_is_unhealthy() -> None:
-    with serving(FakeEngine(["fine"])) as server:
-        assert server.client.get("/health").json() == {"status": "ok"}
-    engine = FakeEngine([])
-    engine.close()
+def test_a_closed_engine_is_unhealthy(demo_engine: Gemma2Engine) -> None:
+    engine = Gemma2Engine(demo_engine.model, demo_engine.tokenizer, name="closing")
     with serving(engine) as server:
-        assert server.chat().status_code == 503
+        assert server.client.get("/health").json() == {"status": "ok"}
+        engine.close()
+        for answer in (server.client.get("/health"), server.chat()):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "closed"
 
 
 # Together ----------------------------------------------------------------------------------------

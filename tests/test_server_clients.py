@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from serving import Serving, read_until, request, serving
+from serving import HELLO, Serving, read_until, request, serving
 from tiny import Forwards
 from transformers import DynamicCache
 
-from gemma2_stream import Gemma2Engine
+from gemma2_stream import Gemma2Engine, Request, TokenStream
 from gemma2_stream.server import create_app
 from gemma2_stream.server.refusals import ErrorBody
 from gemma2_stream.testing import FakeEngine
@@ -54,10 +57,76 @@ def test_whoever_goes_costs_a_step_at_most(
         release.set()
         demo_engine.join()
         assert watch.count <= at + 1
+        (line,) = server.said("/v1/chat/completions")
+        assert line.get("error") in (None, "ClientDisconnect")  # and the model has not failed
         assert server.chat(max_tokens=2).status_code == 200
     demo_engine.prefixes.clear()
     demo_engine.join()
     assert new_caches() == []
+
+
+def test_whoever_goes_while_a_token_waits_to_be_sent_costs_a_step_at_most(
+    demo_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """Its connection takes no more; then it is gone, and no garbage is collected."""
+    watch = forwards(demo_engine)
+    reached, release = watch.gate(5)
+    app = create_app(demo_engine)
+    body = json.dumps({"model": demo_engine.name, "messages": HELLO, "stream": True}).encode()
+    received = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(received, None)) is None:
+            await asyncio.to_thread(reached.wait, 30)
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def leave() -> None:
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        await app({**scope, "headers": headers, "query_string": b""}, receive, send)
+        release.set()
+        await asyncio.to_thread(demo_engine.join)
+
+    gc.disable()
+    try:
+        asyncio.run(leave())
+    finally:
+        gc.enable()
+    assert watch.count <= 6
+
+
+class Keeping(FakeEngine):
+    """Holds its streams, so that none ends because nobody does."""
+
+    def __init__(self, answers: Any) -> None:
+        super().__init__(answers)
+        self.streams: list[TokenStream] = []
+
+    def submit(self, requests: Sequence[Request]) -> TokenStream:
+        self.streams.append(super().submit(requests))
+        return self.streams[-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stream_of_whoever_goes_is_closed(stream: bool) -> None:
+    """By the server, which leaves it to no collector of garbage."""
+    gate = threading.Event()
+    engine = Keeping([["Hel", gate, "lo"]])
+    with serving(engine) as server:
+        with server.connect() as client:
+            client.sendall(request(stream=stream))
+            while not server.metric("requests_answering"):
+                pass
+        while not server.said("/v1/chat/completions"):
+            server.client.get("/health")
+        gate.set()
+        engine.join()
+    assert engine.calls[0].finish_reason == "cancelled"
 
 
 def test_what_was_asked_by_one_who_left_is_logged_as_such() -> None:
@@ -227,15 +296,16 @@ def test_more_connections_than_are_admitted() -> None:
             each.sendall(request(stream=True))
             read_until(each, b"Hel")
         refused = server.chat()
-        assert refused.status_code == 503
-        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
-        assert ErrorBody.model_validate_json(refused.content).error.code == "busy"
         gate.set()
         for each in held:
             assert b"lo" in read_until(each, b"[DONE]")
             each.close()
         while server.chat().status_code != 200:
             pass
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["connection"] == "close"
+    assert ErrorBody.model_validate_json(refused.content).error.code == "busy"
 
 
 @pytest.mark.parametrize("where", ["header", "headers", "query"])
