@@ -16,7 +16,7 @@ from langchain_openai import ChatOpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
-from serving import HELLO, Serving, read_until, request, serving
+from serving import HELLO, Keeping, Serving, read_until, request, serving
 from tiny import Forwards
 
 from gemma2_stream import ChatGemma2, Gemma2Engine, Gemma2LLM, Request, SamplingParams
@@ -349,6 +349,11 @@ def test_the_format_is_openais(served: Serving, asked: dict[str, Any]) -> None:
 def test_the_format_of_text_is_openais(served: Serving) -> None:
     body = {"model": "served", "prompt": "Once", "n": 2}
     is_exactly(Completion, served.client.post("/v1/completions", json=body).json())
+    streamed = served.client.post("/v1/completions", json={**body, "stream": True})
+    for event in events(streamed.text):
+        for choice in event["choices"]:  # which OpenAI's type has for whole answers alone
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        is_exactly(Completion, event)
 
 
 def test_the_calls_of_an_answer_with_text_before_them() -> None:
@@ -534,6 +539,24 @@ def test_a_full_queue_is_busy(
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["code"] == "busy"
+
+
+def test_an_answer_that_somebody_cancels_is_no_whole_one() -> None:
+    """From beside the server, such as when its process ends."""
+    gate = threading.Event()
+    engine = Keeping([["Hel", gate]] * 2)
+    with serving(engine) as server, ThreadPoolExecutor() as pool:
+        for stream in (True, False):
+            asked = pool.submit(server.chat, stream=stream)
+            while not server.metric("requests_answering"):
+                pass
+            engine.streams[-1].cancel()
+            answer = asked.result()
+            assert answer.status_code == (200 if stream else 503)
+            assert '"code":"closed"' in answer.text
+            assert "[DONE]" not in answer.text
+            while server.metric("requests_answering"):
+                pass
 
 
 def test_time_runs_out() -> None:

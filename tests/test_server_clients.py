@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from serving import HELLO, Serving, read_until, request, serving
+from serving import HELLO, Keeping, Serving, read_until, request, serving
 from tiny import Forwards
 from transformers import DynamicCache
 
-from gemma2_stream import Gemma2Engine, Request, TokenStream
+from gemma2_stream import Gemma2Engine
 from gemma2_stream.server import create_app
 from gemma2_stream.server.refusals import ErrorBody
 from gemma2_stream.testing import FakeEngine
@@ -100,18 +101,6 @@ def test_whoever_goes_while_a_token_waits_to_be_sent_costs_a_step_at_most(
     assert watch.count <= 6
 
 
-class Keeping(FakeEngine):
-    """Holds its streams, so that none ends because nobody does."""
-
-    def __init__(self, answers: Any) -> None:
-        super().__init__(answers)
-        self.streams: list[TokenStream] = []
-
-    def submit(self, requests: Sequence[Request]) -> TokenStream:
-        self.streams.append(super().submit(requests))
-        return self.streams[-1]
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_stream_of_whoever_goes_is_closed(stream: bool) -> None:
     """By the server, which leaves it to no collector of garbage."""
@@ -167,6 +156,21 @@ def test_whoever_does_not_finish_asking_is_shown_out(start: bytes) -> None:
     with serving(FakeEngine([]), read_seconds=0.2) as server, server.connect() as client:
         client.sendall(start)
         assert read_until(client) == b""  # closed, without our doing
+
+
+@pytest.mark.parametrize("rest", [-20, -120], ids=["body", "headers"])
+def test_whoever_asks_byte_by_byte_is_shown_out(rest: int) -> None:
+    """A byte now and then buys no time."""
+    asked = request()
+    with serving(FakeEngine(["Hello"]), read_seconds=0.2) as server, server.connect() as client:
+        client.sendall(asked[:rest])
+        client.settimeout(0.05)
+        with pytest.raises(OSError):  # noqa: PT011, PT012 - however the system says it
+            for byte in asked[rest:]:
+                client.send(bytes([byte]))
+                with contextlib.suppress(TimeoutError):
+                    if client.recv(1) == b"":
+                        raise ConnectionError
 
 
 def test_each_request_of_a_connection_has_its_time() -> None:
@@ -320,6 +324,13 @@ def test_headers_have_a_limit(served: Serving, where: str) -> None:
     refused = asked(16_500)  # in one piece, which uvicorn takes
     assert refused.status_code == 431
     assert "16,384 bytes" in ErrorBody.model_validate_json(refused.content).error.message
+
+
+def test_headers_that_come_in_pieces_have_it_too() -> None:
+    """The server waits for no end of what is too large already."""
+    with serving(FakeEngine([]), read_seconds=1) as server, server.connect() as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 17_000)
+        assert read_until(client).startswith(b"HTTP/1.1 400")
 
 
 SCHEMA = schemathesis.openapi.from_dict(create_app(FakeEngine([])).openapi())
