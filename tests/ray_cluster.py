@@ -37,7 +37,8 @@ ROOT = Path(__file__).parent.parent
 
 class Told:
     """Says its process id. Asked for "Hello until FILE", it waits in the middle for that file, and
-    "ended" is how those ended, as JSON. After "break" it fails every request.
+    "ended" is how those ended, as JSON. After "break" it fails every request. It holds its streams,
+    so that none ends because nobody does.
     """
 
     name = "told"
@@ -46,6 +47,7 @@ class Told:
     def __init__(self) -> None:
         self._plain = FakeEngine([])
         self._waited: list[FakeEngine] = []
+        self._streams: list[TokenStream] = []
         self._broken = False
 
     def encode(self, prompt: Any, *, raw: bool = False) -> list[int]:
@@ -63,7 +65,8 @@ class Told:
         one = FakeEngine([self._answer(asked)])
         if "until" in asked:
             self._waited.append(one)
-        return one.submit(requests)
+        self._streams.append(one.submit(requests))
+        return self._streams[-1]
 
     def _answer(self, asked: str) -> str | list[Step]:
         if "ended" in asked:
@@ -137,6 +140,13 @@ class _Driver:
         from gemma2_stream.server.ray import Arguments, app
 
         serve.run(app(Arguments(**arguments)), name="demo", route_prefix="/demo")
+
+    def replicas(self) -> int:
+        """How many of `told` take requests."""
+        from ray import serve
+
+        states = serve.status().applications["told"].deployments["Gemma2"].replica_states
+        return int(states.get("RUNNING", 0))
 
     def is_here(self, pid: str) -> bool:
         """Whether that is a process of the first node, on which the driver is."""

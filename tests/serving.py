@@ -7,15 +7,16 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 import uvicorn
 
-from gemma2_stream import Engine
+from gemma2_stream import Engine, Request, TokenStream
 from gemma2_stream.server import Settings, run
+from gemma2_stream.testing import FakeEngine
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -36,6 +37,18 @@ def read_until(client: socket.socket, wanted: bytes = b"\0never\0") -> bytes:
     while wanted not in got and (more := client.recv(65536)):
         got += more
     return got
+
+
+class Keeping(FakeEngine):
+    """Holds its streams, so that none ends because nobody does."""
+
+    def __init__(self, answers: Any) -> None:
+        super().__init__(answers)
+        self.streams: list[TokenStream] = []
+
+    def submit(self, requests: Sequence[Request]) -> TokenStream:
+        self.streams.append(super().submit(requests))
+        return self.streams[-1]
 
 
 @dataclass

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,10 @@ def pids(client: httpx.Client) -> set[str]:
     return {answer(client, "who", f"session {number}") for number in range(12)}
 
 
+def example() -> Any:
+    return yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text("utf-8"))
+
+
 # Answers -----------------------------------------------------------------------------------------
 
 
@@ -78,15 +83,18 @@ def test_keys_are_those_of_the_file(client: httpx.Client) -> None:
 
 
 def test_who_goes_stops_the_row(client: httpx.Client, tmp_path: Path) -> None:
-    body = asked(f"Hello until {tmp_path / 'never'}", stream=True)
+    body = asked(f"Hello until {tmp_path / 'open'}", stream=True)
     headers = {"x-session-id": "goes"}
     with client.stream("POST", "/told/v1/chat/completions", json=body, headers=headers) as going:
         lines = going.iter_lines()  # which is garbage only after this, and ends the stream then
         next(line for line in lines if "Hel" in line)
         assert json.loads(answer(client, "ended", "goes")) == [None]
-    while json.loads(answer(client, "ended", "goes")) == [None]:  # the model sees it at a step
+    while "requests_answering 0.0" not in client.get("/told/metrics", headers=headers).text:
         pass
-    assert json.loads(answer(client, "ended", "goes")) == ["cancelled"]
+    (tmp_path / "open").touch()  # who was not stopped would go on to the end
+    while (ended := json.loads(answer(client, "ended", "goes"))) == [None]:
+        pass
+    assert ended == ["cancelled"]
 
 
 # Where -------------------------------------------------------------------------------------------
@@ -151,15 +159,45 @@ def test_what_was_begun_is_finished_when_replicas_go(
 
 
 def test_a_broken_engine_is_replaced(client: httpx.Client) -> None:
-    (before,) = pids(client)
+    before = answer(client, "who", "breaks")
     with pytest.raises(httpx.HTTPStatusError, match="500"):
-        answer(client, "break")
+        answer(client, "break", "breaks")
     while True:
         try:
-            assert answer(client, "who") != before
+            assert answer(client, "who", "breaks") != before
         except httpx.HTTPStatusError:
             continue
         break
+
+
+# How many ----------------------------------------------------------------------------------------
+
+
+def test_replicas_come_with_requests_and_go_with_them(
+    client: httpx.Client, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    """As examples/serve.yaml has them, but for how soon."""
+    scaling = example()["applications"][0]["deployments"][0]["autoscaling_config"]
+    soon = {"upscale_delay_s": 0, "downscale_delay_s": 1}
+    soon |= {"metrics_interval_s": 0.2, "look_back_period_s": 1}
+    ray_cluster.told(version=2, autoscaling_config=scaling | soon)
+
+    def until(number: int) -> None:
+        while ray_cluster.replicas() != number:
+            time.sleep(0.1)  # or the question itself would keep Ray busy
+
+    until(1)
+    path, body = "/told/v1/chat/completions", asked(f"Hello until {tmp_path / 'open'}")
+    held = scaling["target_ongoing_requests"] + 1
+    with ThreadPoolExecutor(held) as pool:
+        waiting = [pool.submit(client.post, path, json=body) for _ in range(held)]
+        until(2)
+        assert len(pids(client)) == 2
+        (tmp_path / "open").touch()
+        for each in waiting:
+            assert each.result().json()["choices"][0]["message"]["content"] == "Hello"
+    until(1)
+    assert len(pids(client)) == 1
 
 
 # What a check finds ------------------------------------------------------------------------------
@@ -266,8 +304,7 @@ def test_the_deployment_on_the_page(
 def test_the_example_is_valid() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    written = yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text("utf-8"))
-    (application,) = ServeDeploySchema.model_validate(written).applications
+    (application,) = ServeDeploySchema.model_validate(example()).applications
     assert application.import_path == "gemma2_stream.server.ray:app"
     (deployment,) = application.deployments
     assert deployment.name == Gemma2.name

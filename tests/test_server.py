@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from langchain_openai import ChatOpenAI
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
-from serving import HELLO, Serving, read_until, request, serving
+from serving import HELLO, Keeping, Serving, read_until, request, serving
 from tiny import Forwards
 
 from gemma2_stream import ChatGemma2, Gemma2Engine, Gemma2LLM, Request, SamplingParams
@@ -348,6 +349,11 @@ def test_the_format_is_openais(served: Serving, asked: dict[str, Any]) -> None:
 def test_the_format_of_text_is_openais(served: Serving) -> None:
     body = {"model": "served", "prompt": "Once", "n": 2}
     is_exactly(Completion, served.client.post("/v1/completions", json=body).json())
+    streamed = served.client.post("/v1/completions", json={**body, "stream": True})
+    for event in events(streamed.text):
+        for choice in event["choices"]:  # which OpenAI's type has for whole answers alone
+            choice["finish_reason"] = choice["finish_reason"] or "stop"
+        is_exactly(Completion, event)
 
 
 def test_the_calls_of_an_answer_with_text_before_them() -> None:
@@ -377,6 +383,15 @@ def test_text_of_every_script_in_any_pieces() -> None:
         assert server.chat().json()["choices"][0]["message"]["content"] == text
         grown = events(server.chat(stream=True).text)
     assert "".join(e["choices"][0]["delta"].get("content", "") for e in grown) == text
+
+
+def test_what_comes_at_once_is_written_at_once() -> None:
+    """The role with the first token, and the usage with the end: a write is what costs."""
+    with serving(FakeEngine(["Hello"])) as server, server.connect() as client:
+        client.sendall(request(stream=True, stream_options={"include_usage": True}))
+        _, _, body = read_until(client, b"\r\n0\r\n\r\n").partition(b"\r\n\r\n")
+    writes = re.split(rb"(?:^|\r\n)[0-9a-f]+\r\n", body)[1:-1]  # each is a chunk of HTTP's
+    assert [write.count(b"data: ") for write in writes] == [2, 1, 2]
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -526,6 +541,24 @@ def test_a_full_queue_is_busy(
     assert refused.json()["error"]["code"] == "busy"
 
 
+def test_an_answer_that_somebody_cancels_is_no_whole_one() -> None:
+    """From beside the server, such as when its process ends."""
+    gate = threading.Event()
+    engine = Keeping([["Hel", gate]] * 2)
+    with serving(engine) as server, ThreadPoolExecutor() as pool:
+        for stream in (True, False):
+            asked = pool.submit(server.chat, stream=stream)
+            while not server.metric("requests_answering"):
+                pass
+            engine.streams[-1].cancel()
+            answer = asked.result()
+            assert answer.status_code == (200 if stream else 503)
+            assert '"code":"closed"' in answer.text
+            assert "[DONE]" not in answer.text
+            while server.metric("requests_answering"):
+                pass
+
+
 def test_time_runs_out() -> None:
     gate = threading.Event()  # which nobody opens
     with serving(FakeEngine([[gate], ["Hel", gate]]), max_seconds=0.2) as server:
@@ -535,13 +568,15 @@ def test_time_runs_out() -> None:
         assert '"code":"timeout"' in server.chat(stream=True).text
 
 
-def test_a_closed_engine_is_unhealthy() -> None:
-    with serving(FakeEngine(["fine"])) as server:
-        assert server.client.get("/health").json() == {"status": "ok"}
-    engine = FakeEngine([])
-    engine.close()
+def test_a_closed_engine_is_unhealthy(demo_engine: Gemma2Engine) -> None:
+    engine = Gemma2Engine(demo_engine.model, demo_engine.tokenizer, name="closing")
     with serving(engine) as server:
-        assert server.chat().status_code == 503
+        assert server.client.get("/health").json() == {"status": "ok"}
+        engine.close()
+        for answer in (server.client.get("/health"), server.chat()):
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["error"]["code"] == "closed"
 
 
 # Together ----------------------------------------------------------------------------------------

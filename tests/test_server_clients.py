@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +14,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from serving import Serving, read_until, request, serving
+from serving import HELLO, Keeping, Serving, read_until, request, serving
 from tiny import Forwards
 from transformers import DynamicCache
 
@@ -54,10 +58,64 @@ def test_whoever_goes_costs_a_step_at_most(
         release.set()
         demo_engine.join()
         assert watch.count <= at + 1
+        (line,) = server.said("/v1/chat/completions")
+        assert line.get("error") in (None, "ClientDisconnect")  # and the model has not failed
         assert server.chat(max_tokens=2).status_code == 200
     demo_engine.prefixes.clear()
     demo_engine.join()
     assert new_caches() == []
+
+
+def test_whoever_goes_while_a_token_waits_to_be_sent_costs_a_step_at_most(
+    demo_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards]
+) -> None:
+    """Its connection takes no more; then it is gone, and no garbage is collected."""
+    watch = forwards(demo_engine)
+    reached, release = watch.gate(5)
+    app = create_app(demo_engine)
+    body = json.dumps({"model": demo_engine.name, "messages": HELLO, "stream": True}).encode()
+    received = iter([{"type": "http.request", "body": body}])
+
+    async def receive() -> dict[str, Any]:
+        if (message := next(received, None)) is None:
+            await asyncio.to_thread(reached.wait, 30)
+            return {"type": "http.disconnect"}
+        return message
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def leave() -> None:
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        await app({**scope, "headers": headers, "query_string": b""}, receive, send)
+        release.set()
+        await asyncio.to_thread(demo_engine.join)
+
+    gc.disable()
+    try:
+        asyncio.run(leave())
+    finally:
+        gc.enable()
+    assert watch.count <= 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_stream_of_whoever_goes_is_closed(stream: bool) -> None:
+    """By the server, which leaves it to no collector of garbage."""
+    gate = threading.Event()
+    engine = Keeping([["Hel", gate, "lo"]])
+    with serving(engine) as server:
+        with server.connect() as client:
+            client.sendall(request(stream=stream))
+            while not server.metric("requests_answering"):
+                pass
+        while not server.said("/v1/chat/completions"):
+            server.client.get("/health")
+        gate.set()
+        engine.join()
+    assert engine.calls[0].finish_reason == "cancelled"
 
 
 def test_what_was_asked_by_one_who_left_is_logged_as_such() -> None:
@@ -98,6 +156,21 @@ def test_whoever_does_not_finish_asking_is_shown_out(start: bytes) -> None:
     with serving(FakeEngine([]), read_seconds=0.2) as server, server.connect() as client:
         client.sendall(start)
         assert read_until(client) == b""  # closed, without our doing
+
+
+@pytest.mark.parametrize("rest", [-60, -120], ids=["body", "headers"])
+def test_whoever_asks_byte_by_byte_is_shown_out(rest: int) -> None:
+    """A byte now and then buys no time."""
+    asked = request()
+    with serving(FakeEngine(["Hello"]), read_seconds=0.2) as server, server.connect() as client:
+        client.sendall(asked[:rest])
+        client.settimeout(0.05)
+        with pytest.raises(OSError):  # noqa: PT011, PT012 - however the system says it
+            for byte in asked[rest:]:
+                client.send(bytes([byte]))
+                with contextlib.suppress(TimeoutError):
+                    if client.recv(1) == b"":
+                        raise ConnectionError
 
 
 def test_each_request_of_a_connection_has_its_time() -> None:
@@ -227,15 +300,16 @@ def test_more_connections_than_are_admitted() -> None:
             each.sendall(request(stream=True))
             read_until(each, b"Hel")
         refused = server.chat()
-        assert refused.status_code == 503
-        assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
-        assert ErrorBody.model_validate_json(refused.content).error.code == "busy"
         gate.set()
         for each in held:
             assert b"lo" in read_until(each, b"[DONE]")
             each.close()
         while server.chat().status_code != 200:
             pass
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.headers["connection"] == "close"
+    assert ErrorBody.model_validate_json(refused.content).error.code == "busy"
 
 
 @pytest.mark.parametrize("where", ["header", "headers", "query"])
@@ -250,6 +324,13 @@ def test_headers_have_a_limit(served: Serving, where: str) -> None:
     refused = asked(16_500)  # in one piece, which uvicorn takes
     assert refused.status_code == 431
     assert "16,384 bytes" in ErrorBody.model_validate_json(refused.content).error.message
+
+
+def test_headers_that_come_in_pieces_have_it_too() -> None:
+    """The server waits for no end of what is too large already."""
+    with serving(FakeEngine([]), read_seconds=1) as server, server.connect() as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 17_000)
+        assert read_until(client).startswith(b"HTTP/1.1 400")
 
 
 SCHEMA = schemathesis.openapi.from_dict(create_app(FakeEngine([])).openapi())

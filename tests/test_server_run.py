@@ -52,6 +52,19 @@ def test_a_key_is_asked_for_before_the_body() -> None:
         assert read_until(client, b"}}").startswith(b"HTTP/1.1 401")
 
 
+def test_keys_come_from_a_file_or_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keys").write_text("third\n\n fourth \n")
+    monkeypatch.setenv("GEMMA2_STREAM_API_KEYS", "first, second,")
+    given = ("first", "second", "third", "fourth", "")
+    for file, good in ((None, given[:2]), (str(tmp_path / "keys"), given[2:4])):
+        keys = Keys.read(file)
+        assert tuple(key for key in given if keys.admit(f"Bearer {key}".encode())) == good
+    monkeypatch.delenv("GEMMA2_STREAM_API_KEYS")
+    assert Keys.read().admit(b"")
+
+
 def test_keys_are_shown_nowhere() -> None:
     settings = Settings(keys=Keys(["secret-key"]))
     assert "secret" not in f"{settings!r}{settings.keys!r}{vars(settings.keys)}"
@@ -196,10 +209,20 @@ def command(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 def test_serve(tmp_path: Path) -> None:
     """Keys from a file, an answer, and SIGTERM in the middle of another."""
     (tmp_path / "keys").write_text("first\n\nsecond\n")
-    options = ("--api-key-file", str(tmp_path / "keys"), "--max-tokens", "400")
-    with command(*options) as (process, url):
-        asked = {"model": "demo", "messages": HELLO, "stream": True}
-        headers = {"Authorization": "Bearer second"}
+    options = ("--api-key-file", str(tmp_path / "keys"), "--name", "called")
+    options += ("--max-tokens", "400", "--max-prompt-tokens", "50", "--max-body-bytes", "20000")
+    with command(*options, "--cors-origin", "https://a.example") as (process, url):
+        asked: dict[str, Any] = {"model": "called", "messages": HELLO, "stream": True}
+        headers = {"Authorization": "Bearer second", "Origin": "https://a.example"}
+        for more, status, said in (
+            ({"max_tokens": 401}, 400, "at most 400"),
+            ({"messages": [{"role": "user", "content": "word " * 60}]}, 400, "at most 50"),
+            ({"user": "x" * 20_000}, 413, "20,000 bytes"),
+        ):
+            refused = httpx.post(url, json=asked | more, headers=headers, timeout=60)
+            assert refused.status_code == status
+            assert said in refused.text
+            assert refused.headers["access-control-allow-origin"] == "https://a.example"
         with httpx.stream("POST", url, json=asked, headers=headers, timeout=60) as streamed:
             lines = streamed.iter_lines()
             next(lines)
@@ -232,6 +255,15 @@ def test_serve_refuses_the_public(capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is loaded."""
     assert main(["serve", "no/such-model", "--host", "0.0.0.0"]) == 2
     assert "--allow-public-without-key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["max_tokens", "max_prompt_tokens", "max_seconds", "max_body_bytes", "max_rows", "max_waiting"],
+)
+def test_serve_refuses_a_limit_that_is_none(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "demo", f"--{name.replace('_', '-')}", "0"]) == 2
+    assert f"{name}=0" in capsys.readouterr().err
 
 
 def test_serve_says_what_to_install() -> None:
