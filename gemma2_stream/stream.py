@@ -148,7 +148,7 @@ class TokenStream:
         # on the channel and never a reference from the channel to here.
         self._finalizer = weakref.finalize(self, channel.cancel)
         self._finalizer.atexit = False
-        self._arrived: asyncio.Event | None = None
+        self._bell: _Bell | None = None
         limits = [r.params.timeout for r in channel.requests if r.params.timeout is not None]
         self._timeout = min(limits, default=None)
         self._deadline = None if self._timeout is None else time.monotonic() + self._timeout
@@ -194,8 +194,7 @@ class TokenStream:
 
     def close(self) -> None:
         """Stop generating and read no more. May be called twice."""
-        self._open = False
-        self._channel._wake = None
+        self._silence()
         self.cancel()
 
     def __enter__(self) -> Self:
@@ -223,28 +222,26 @@ class TokenStream:
         return None
 
     def _end(self) -> None:
+        self._silence()
+        self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
+
+    def _silence(self) -> None:
         self._open = False
         self._channel._wake = None  # the worker may hold the channel a little longer than the loop
-        self._finalizer.detach()  # the worker is done with it: nothing is left to cancel
+        if self._bell is not None:
+            self._bell.stop()
 
     async def _arrival(self) -> None:
         """Wait until the worker has put something since we last found the queue empty."""
-        if self._arrived is None:
-            self._arrived = asyncio.Event()
-            loop = asyncio.get_running_loop()
-            notify = self._arrived.set
-            self._channel._wake = lambda: loop.call_soon_threadsafe(notify)
-        self._arrived.clear()
-        if not self._items.empty():  # it came between the look and `clear`
+        if self._bell is None:
+            self._bell = _Bell(self._remaining())
+            self._channel._wake = self._bell.ring
+        rung = self._bell.listen()
+        if not self._items.empty():  # it came between the look and `listen`
             return
-        if self._deadline is None:  # spares a token the cost of a timer that never fires
-            await self._arrived.wait()
-            return
-        try:
-            async with asyncio.timeout(self._remaining()):
-                await self._arrived.wait()
-        except TimeoutError:
-            raise self._timed_out() from None
+        if self._bell.late:
+            raise self._timed_out()
+        await rung
 
     def _remaining(self) -> float | None:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -255,6 +252,42 @@ class TokenStream:
             f"the answer was not complete after timeout={self._timeout} s: raise the timeout, or "
             "ask for less with max_new_tokens"
         )
+
+
+class _Bell:
+    """Wakes whoever waits on this event loop: at `ring`, from any thread, and once after `seconds`.
+
+    One timer for a whole stream: one for each of its chunks would cost as much as sending it.
+    Neither the loop nor the worker may keep the stream alive, so this is an object of its own.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.late = False
+        self._loop = asyncio.get_running_loop()
+        self._rung = self._loop.create_future()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self._is_late)
+
+    def listen(self) -> asyncio.Future[None]:
+        """What is done at the next ring."""
+        if self._rung.done():
+            self._rung = self._loop.create_future()
+        return self._rung
+
+    def ring(self) -> None:
+        """Raises RuntimeError when the loop is closed."""
+        self._loop.call_soon_threadsafe(self._ring)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _ring(self) -> None:
+        if not self._rung.done():  # or it was cancelled, with whoever waited
+            self._rung.set_result(None)
+
+    def _is_late(self) -> None:
+        self.late = True
+        self._ring()
 
 
 def each(

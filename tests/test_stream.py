@@ -132,6 +132,34 @@ def test_a_timeout_is_its_own_error_and_cancels(how: str) -> None:
     assert _read(stream, how) == []
 
 
+async def test_a_timeout_that_runs_out_while_nobody_waits_is_found_later() -> None:
+    """The timer is the stream's, and rings once."""
+    channel = _channel(timeout=0.01)
+    stream = TokenStream(channel)
+    reader = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)  # it waits, and the timer runs
+    channel.put(Chunk(0, "a"))
+    assert (await reader).text == "a"
+    await asyncio.sleep(0.05)
+    with pytest.raises(GenerationTimeoutError):
+        await anext(stream)
+
+
+async def test_a_reader_that_was_cancelled_may_come_back() -> None:
+    """What it waited for is not lost with it."""
+    channel = _channel()
+    stream = TokenStream(channel)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(stream), 0.01)
+    channel.put(Chunk(0, "a"))
+    assert (await anext(stream)).text == "a"
+    await asyncio.sleep(0)  # the ring for it has nobody to wake
+    reader = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    channel.put(LAST)
+    assert await reader == LAST
+
+
 def test_a_reader_whose_loop_is_gone_is_gone() -> None:
     """The worker finds out when it next has something to say, and is not hurt."""
     channel = _channel()
