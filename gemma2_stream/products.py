@@ -7,6 +7,7 @@ what is wanted.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
@@ -21,9 +22,11 @@ FEW = 8
 # Beyond so many rows to arrange them takes longer than to arrange the weight.
 MANY = 64
 
-# Rows of weights that are widened at once: few enough for the cache of a core, many enough for
-# the product to be worth its threads.
+# Rows of the head that are turned at once: few enough for the cache of a core.
 BLOCK = 4096
+
+# Weights that are widened at once: a whole layer's in most, and never the vocabulary's.
+WIDE = 2**25
 
 # `_weight_int8pack_mm` reads beyond rows that are no multiple of 16, and crashes.
 MULTIPLE = 32
@@ -157,10 +160,24 @@ class Int8Linear(nn.Linear):
         if len(rows) <= FEW:
             product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
-            blocks = torch.split(self.weight, BLOCK)
-            parts = [functional.linear(rows, block.to(x.dtype)) for block in blocks]
-            product = torch.cat(parts, -1).mul_(self.scale)
+            blocks = torch.split(self.weight, max(1, WIDE // self.in_features))
+            parts = [functional.linear(rows, _widened(block, x.dtype)) for block in blocks]
+            product = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mul_(self.scale)
         return product.view(*x.shape[:-1], self.out_features)
+
+
+_used = threading.local()
+
+
+def _widened(block: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`block` in `dtype`, until this thread asks for another: in the same memory, since new memory
+    takes several times as long to come by as to fill.
+    """
+    room: torch.Tensor | None = getattr(_used, "room", None)
+    if room is None or room.dtype != dtype or room.numel() < block.numel():
+        with torch.inference_mode(False):  # or nobody could write there outside of that mode
+            room = _used.room = torch.empty(block.numel(), dtype=dtype)
+    return room[: block.numel()].view(block.shape).copy_(block)
 
 
 class Int8Embedding(nn.Embedding):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -12,10 +14,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
+from gemma2_stream import products
 from gemma2_stream.products import (
     BLOCK,
     FEW,
     MANY,
+    WIDE,
     FusedMLP,
     HeadLinear,
     Int8Embedding,
@@ -158,11 +162,51 @@ def test_few_rows_read_int8_and_many_are_widened(rows: int) -> None:
 
 def test_many_rows_go_through_blocks() -> None:
     """Of which the last is smaller; all come in their order."""
-    module, x = linear(2 * BLOCK + 5, dtype=torch.float32), torch.randn(FEW + 1, 64)
+    module, x = linear(WIDE // 64 + 5, dtype=torch.float32), torch.randn(FEW + 1, 64)
     true = functional.linear(x, module.weight)
     shrink(module, torch.float32)
     assert error(module(x), true) < 0.01
     assert error(module(x[:1]), true[:1]) < 0.01
+
+
+def test_many_rows_are_multiplied_in_memory_that_was_used_before() -> None:
+    """By weights of another shape or dtype too, and in either of torch's modes without gradients;
+    what was computed is not overwritten.
+    """
+    wide, narrow = linear(192, 64), linear(32, 96)
+    for module in (wide, narrow):
+        shrink(module, torch.bfloat16)
+    x, y = (torch.randn(FEW + 1, size, dtype=torch.bfloat16) for size in (64, 96))
+    with torch.inference_mode():
+        first = wide(x)
+        place = products._used.room.data_ptr()
+        kept = first.clone()
+        narrow(y)
+    assert torch.equal(wide(x), kept)
+    assert torch.equal(first, kept)
+    assert products._used.room.data_ptr() == place
+    assert narrow(y.float()).dtype == torch.float32
+    assert torch.equal(wide(x), kept)
+
+
+def test_threads_do_not_share_that_memory() -> None:
+    module = linear(512, 64)
+    shrink(module, torch.bfloat16)
+    rows = [torch.randn(FEW + 1 + n, 64, dtype=torch.bfloat16) for n in range(8)]
+    alone = [module(x) for x in rows]
+    both = threading.Barrier(2)
+
+    def products_of(rows: list[torch.Tensor]) -> tuple[int, list[torch.Tensor]]:
+        both.wait()
+        with torch.no_grad():
+            found = [module(x) for x in rows]
+        both.wait()  # or the one might get what the other has given back
+        return products._used.room.data_ptr(), found
+
+    with ThreadPoolExecutor(2) as pool:
+        (here, first), (there, second) = pool.map(products_of, (rows[:4], rows[4:]))
+    assert here != there
+    assert all(map(torch.equal, first + second, alone))
 
 
 def test_an_int8_weight_is_within_half_a_step() -> None:
