@@ -20,6 +20,8 @@ OPEN_PATHS = ("/health",)
 MAX_HEADER_BYTES = 16 * 2**10
 """More than any client sends, the address included."""
 
+HEADERS_TOO_LARGE = Refusal(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
+
 _GRACE = 10.0  # seconds for an error in words, before the connection is closed without
 
 
@@ -69,7 +71,7 @@ class Gate:
             *(part for pair in scope["headers"] for part in pair),
         ]
         if sum(map(len, said)) > MAX_HEADER_BYTES:  # uvicorn only stops those that come in pieces
-            return Refusal(431, f"the headers have more than {MAX_HEADER_BYTES:,} bytes")
+            return HEADERS_TOO_LARGE
         headers = dict(scope["headers"])
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in OPEN_PATHS and not self.settings.keys.admit(

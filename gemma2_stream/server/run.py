@@ -17,11 +17,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import ParameterError
 from ..types import Engine
 from .app import create_app
-from .gate import MAX_HEADER_BYTES
-from .refusals import TOO_MANY
+from .gate import HEADERS_TOO_LARGE, MAX_HEADER_BYTES
+from .refusals import TOO_MANY, Refusal
 from .settings import Settings
 
 READ_SECONDS = 30.0
+
+NO_HTTP = Refusal(400, "this is no HTTP that the server understands")
 
 
 def check_address(host: str, settings: Settings, *, public_without_key: bool = False) -> None:
@@ -96,8 +98,8 @@ class _Guarded(H11Protocol):
     """uvicorn's protocol waits without end for a request that does not end, and for what it has
     sent to be taken; this one does not.
 
-    It also says in OpenAI's form that there are too many connections, where uvicorn's
-    `limit_concurrency` has plain text.
+    It also says in OpenAI's form that there are too many connections, or what is wrong with a
+    request that is none, for which uvicorn has plain text.
     """
 
     read_seconds: float
@@ -117,6 +119,16 @@ class _Guarded(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        # Called where h11's error is handled, which knows the status.
+        too_large = getattr(sys.exc_info()[1], "error_status_hint", 400) == 431
+        answer = (HEADERS_TOO_LARGE if too_large else NO_HTTP).response()
+        headers = [*answer.raw_headers, (b"connection", b"close")]
+        head = h11.Response(status_code=answer.status_code, headers=headers)
+        for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
