@@ -27,6 +27,9 @@ from ray_cluster import RayCluster, answer, asked, cluster
 
 from gemma2_stream.server.ray import Arguments, Gemma2, app, check
 
+# The cluster is up in half a minute on an idle machine, and in several on a busy one.
+pytestmark = pytest.mark.timeout(400)
+
 KEY = "a-key-of-this-test"
 ROOT = DEMO.parent.parent
 

@@ -17,7 +17,8 @@ pytest.importorskip("ray", reason="pip install 'gemma2-stream[ray]' adds Ray")
 
 from ray_cluster import answer, asked, cluster
 
-pytestmark = pytest.mark.chaos
+# The cluster is up in half a minute on an idle machine, and in several on a busy one.
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
 
 def test_a_killed_replica_cuts_its_own_streams_alone(tmp_path: Path) -> None:
