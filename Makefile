@@ -25,7 +25,8 @@ INSTALL = $(PIP) install $(PIP_OPTIONS) --no-compile -c $(CONSTRAINTS)
 BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|    .* (depends|requested))' || true; }
 
 # What they share, and the sides of others that run elsewhere, are no benchmarks.
-BENCHMARKS := $(filter-out %/stack.py %_worker.py,$(wildcard benchmarks/*.py))
+SHARED := report schemas stack texts
+BENCHMARKS := $(filter-out $(SHARED:%=benchmarks/%.py) %_worker.py,$(wildcard benchmarks/*.py))
 VLLM := .venv-vllm
 
 .PHONY: help demo test check pytest chromium wheel docs bench vllm lowest constraints clean

@@ -20,24 +20,32 @@ Prints Markdown; progress goes to stderr; the last line is JSON with every figur
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from statistics import median
 from typing import Any
 
 import torch
-from grammars import typed
+from report import (
+    Result,
+    at_most,
+    documented,
+    goals,
+    heading,
+    interval,
+    neighbours,
+    publish,
+    say,
+    span,
+    table,
+    watching,
+)
 from stack import as_loaded, random_stack
-from streaming import interval, machine, neighbours, say, table, versions, watching
 from transformers import DynamicCache
 
 from gemma2_stream.batch import _CACHE_NAME
 from gemma2_stream.kv import KVCache
-
-Result = dict[str, Any]
 
 CONTEXTS = (100, 1_000, 4_000)
 GOAL = 1.3  # times, of the step at the first
@@ -93,32 +101,25 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def verdicts(figures: Result) -> Iterator[list[str]]:
-    low, middle, high = figures["ours"]["ratio"]
+    ratio = figures["ours"]["ratio"]
     goal = f"a step after {CONTEXTS[-1]:,} tokens: at most {GOAL} times that after {CONTEXTS[0]}"
-    passed = "pass" if high <= GOAL else "fail" if low > GOAL else "undecided"
-    yield [goal, f"{middle:.2f} ({low:.2f} to {high:.2f})", passed]
+    yield [goal, span(ratio, 2), at_most(ratio, GOAL)]
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, figures = document["machine"], document["figures"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    figures = document["figures"]
     rows = []
     for name in ("ours", "transformers"):
-        low, middle, high = figures[name]["ratio"]
-        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        rows.append([name, *figures[name]["ms"].values(), ratio])
+        rows.append([name, *figures[name]["ms"].values(), span(figures[name]["ratio"], 2)])
     head = ["ms a step after tokens", *[f"{n:,}" for n in CONTEXTS], "last over first"]
     return "\n\n".join(
         [
-            f"`{document['command']}` on {document['date']}, {host['cores']} cores "
-            f"({host['cpu']}), {host['memory_gb']} GB, {names}. In brackets are 95 % intervals.",
+            f"{heading(document)} In brackets are 95 % intervals.",
             f"**One step, {figures['layers']} layers, bfloat16, "
             f"{figures['torch_threads']} threads**",
             table(head, rows),
             neighbours(figures),
-            "**Goals**",
-            table(["goal", "measured", "verdict"], document["verdicts"]),
+            goals(document),
         ]
     )
 
@@ -131,17 +132,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.layers, options.rounds = 2, 8
-    document = {
-        "benchmark": "context",
-        "command": typed("context.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "figures": measure(options),
-    }
-    document["verdicts"] = list(verdicts(document["figures"]))
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    figures = measure(options)
+    document = documented(figures=figures, verdicts=list(verdicts(figures)))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -35,42 +35,42 @@ Prints Markdown; progress goes to stderr; the last line is JSON with every figur
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import psutil
 import torch
-from grammars import typed
-from stack import speaking_stack, words
-from streaming import (
+from report import (
     INK,
     OURS,
     RIVAL,
+    Result,
+    at_least,
+    at_most,
     canvas,
-    load_tokenizer,
-    machine,
+    documented,
+    goals,
+    heading,
+    interval,
     neighbours,
+    publish,
     rounded,
     say,
     span,
     table,
-    versions,
     watching,
+    write_svg,
 )
-from streaming import interval as bootstrap
-from throughput import at_least, engine_of
+from stack import engine_of, speaking_stack, words
+from texts import load_tokenizer
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
-
-Result = dict[str, Any]
 
 SOONER_GOAL = 20.0  # times sooner, with 1,500 tokens of history
 NO_SLOWER_GOAL = 1.02  # of the time without a cache, when nothing matches
@@ -139,7 +139,7 @@ def said(text: str) -> str:
 
 
 def ratios(pairs: Sequence[dict[str, Result]], what: str, over: str, under: str) -> list[float]:
-    return rounded(bootstrap([pair[over][what] / pair[under][what] for pair in pairs]), 3)
+    return rounded(interval([pair[over][what] / pair[under][what] for pair in pairs]), 3)
 
 
 def medians(pairs: Sequence[dict[str, Result]], what: str) -> dict[str, float]:
@@ -283,10 +283,9 @@ def verdicts(parts: Result) -> Iterator[list[str]]:
     goal = f"turn 2 after {HISTORY:,} tokens: first token at least {SOONER_GOAL:.0f} times sooner"
     yield [goal, span(sooner, 1), at_least(sooner, SOONER_GOAL)]
     for what, words_of in (("first", "first token"), ("last", "short answer")):
-        low, middle, high = parts["no match"]["ratio"][what]
+        ratio = parts["no match"]["ratio"][what]
         goal = f"no slower when nothing matches, {words_of}: at most {NO_SLOWER_GOAL} of without"
-        verdict = at_least([-high, -middle, -low], -NO_SLOWER_GOAL)
-        yield [goal, span([low, middle, high], 3), verdict]
+        yield [goal, span(ratio, 3), at_most(ratio, NO_SLOWER_GOAL)]
     cached = parts["shared"]["one after the other"]["cached"]
     goal = f"a system prompt of {SYSTEM:,} tokens counts once for {CONVERSATIONS} conversations"
     verdict = "pass" if min(cached[1:]) >= SYSTEM else "fail"
@@ -294,9 +293,7 @@ def verdicts(parts: Result) -> Iterator[list[str]]:
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, parts = document["machine"], document["parts"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    parts = document["parts"]
     second, fresh, turns = parts["second turn"], parts["no match"], parts["ten turns"]
     spent = [
         [way, f["prompt_tokens"], f["needed_tokens"], f["fed_tokens"], f["seconds"]]
@@ -313,8 +310,7 @@ def report(document: Result) -> str:
     ]
     return "\n\n".join(
         [
-            f"`{document['command']}` on {document['date']}, {host['cores']} cores "
-            f"({host['cpu']}), {host['memory_gb']} GB, {names}. {document['layers']} layers, "
+            f"{heading(document)} {document['layers']} layers, "
             f"{document['parameters'] / 1e6:,.0f} M parameters, bfloat16, "
             f"{document['torch_threads']} torch threads. In brackets are 95 % intervals.",
             *(["**Quick form**: the goals are for 8 layers."] if document["quick"] else []),
@@ -328,14 +324,13 @@ def report(document: Result) -> str:
             "**Turn by turn**: tokens of the prompt, cached ones, seconds to the first token",
             table(["turn", *range(1, len(turns["history"]) + 1)], curve),
             neighbours(document),
-            "**Goals**",
-            table(["goal", "measured", "verdict"], document["verdicts"]),
+            goals(document),
         ]
     )
 
 
 def plot(parts: Result, path: str) -> None:
-    figure, (turns, tokens) = canvas(2, "conversation")
+    figure, (turns, tokens) = canvas(2)
     found = parts["ten turns"]
     places = range(1, len(found["history"]) + 1)
     for name, color in ((WITH, OURS), (WITHOUT, RIVAL)):
@@ -349,7 +344,7 @@ def plot(parts: Result, path: str) -> None:
     tokens.bar([WITH, WITHOUT], [spent["fed_tokens"], spent["prompt_tokens"]], color=[OURS, RIVAL])
     tokens.axhline(spent["needed_tokens"], color=INK, linewidth=0.8, linestyle=":")
     tokens.set_title(f"prompt tokens computed, {CONVERSATIONS} conversations")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    write_svg(figure, path)
 
 
 def main() -> None:
@@ -365,22 +360,16 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.layers, options.rounds, options.fresh_rounds, options.turns = 2, 1, 3, 4
-    document = {
-        "benchmark": "conversation",
-        "command": typed("conversation.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "quick": options.quick,
-        "layers": options.layers,
-        "torch_threads": torch.get_num_threads(),
+    document = documented(
+        quick=options.quick,
+        layers=options.layers,
+        torch_threads=torch.get_num_threads(),
         **measure(options),
-    }
+    )
     document["verdicts"] = list(verdicts(document["parts"]))
     if options.plot:
         plot(document["parts"], options.plot)
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ How:
              token's is the median between the ends of two forwards: sampling and streaming are in
              it. llama.cpp runs by its own C interface with as many threads. What one `sum()` reads
              a second is given for comparison. Nothing is compiled at any time, by any arm.
-    quality  On the texts of streaming.py, whole, and in the prefill's way of computing.
+    quality  On the texts of texts.py, whole, and in the prefill's way of computing.
 
 For llama.cpp, `pip install llama-cpp-python` in an environment of its own, which compiles for a
 quarter of an hour. The `gguf` package writes its files. On processors with AMX, compile with GCC 13
@@ -46,38 +46,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from grammars import typed
-from stack import random_stack, save
-from streaming import OURS as MINE
-from streaming import (
+from report import (
+    OURS,
     RIVAL,
-    TEXTS,
+    Result,
+    at_least,
     canvas,
+    documented,
+    goals,
+    heading,
     interval,
-    load_tokenizer,
-    machine,
     neighbours,
+    publish,
     say,
+    span,
     table,
-    versions,
     watching,
+    write_svg,
 )
+from stack import random_stack, save
+from texts import TEXTS, load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Request, SamplingParams
 from gemma2_stream.loading import LoadSpec, shared_engine
 from gemma2_stream.products import hasten, shrink
 
-Result = dict[str, Any]
-
 PROMPT = 129
-OURS = ("exact", "speed", "memory")
+PRESETS = ("exact", "speed", "memory")
 KL_GOAL = 0.02  # nats a token, as README says
 
 
@@ -253,7 +254,7 @@ def commands(
     folder: str, files: dict[str, Path], options: argparse.Namespace
 ) -> Iterator[tuple[str, list[str]]]:
     threads, tokens = str(torch.get_num_threads()), str(options.tokens)
-    for arm in ("generate", *OURS):
+    for arm in ("generate", *PRESETS):
         own = ["--work", arm, "--folder", folder, "--tokens", tokens, "--threads", threads]
         yield arm, [sys.executable, __file__, *own]
     worker = str(Path(__file__).with_name("llama_worker.py"))
@@ -347,10 +348,9 @@ def verdicts(parts: Result) -> Iterator[list[object]]:
     for ours, what, theirs, least in GOALS:
         if theirs in arms:
             pairs = zip(arms[ours][what], arms[theirs][what], strict=True)
-            low, middle, high = interval([mine / other for mine, other in pairs])
-            passed = "pass" if low >= least else "fail" if high < least else "undecided"
+            ratio = interval([mine / other for mine, other in pairs])
             goal = f"{what} of `{ours}`: at least {least} times that of {theirs}"
-            yield [goal, f"{middle:.2f} ({low:.2f} to {high:.2f})", passed]
+            yield [goal, span(ratio, 2), at_least(ratio, least)]
     if "quality" in parts:
         found = parts["quality"]["memory"]["kl_mean"]
         goal = f"`memory` is at most {KL_GOAL} nats a token from float32"
@@ -358,13 +358,8 @@ def verdicts(parts: Result) -> Iterator[list[object]]:
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, parts = document["machine"], document["parts"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    lines = [
-        f"`{document['command']}` on {document['date']}, {host['cores']} cores ({host['cpu']}), "
-        f"{host['memory_gb']} GB, {names}. In brackets are 95 % intervals."
-    ]
+    parts = document["parts"]
+    lines = [f"{heading(document)} In brackets are 95 % intervals."]
     if "speed" in parts:
         found = parts["speed"]
         head = ["tokens a second", "prefill", "decode", "s to load", "GB", "GB not of a file"]
@@ -384,21 +379,20 @@ def report(document: Result) -> str:
     if "quality" in parts:
         found = parts["quality"]
         head = ["against float32, on 270 M trained parameters", "mean KL, nats", "largest", "same"]
-        rows = [[name, *found[name].values()] for name in OURS]
+        rows = [[name, *found[name].values()] for name in PRESETS]
         lines += [f"**Quality over {found['tokens']} tokens**", table(head, rows)]
-    lines += ["**Goals**", table(["goal", "measured", "verdict"], document["verdicts"])]
-    return "\n\n".join(lines)
+    return "\n\n".join([*lines, goals(document)])
 
 
 def plot(arms: Result, path: str) -> None:
-    figure, panels = canvas(2, "decode")
+    figure, panels = canvas(2)
     for axes, what in zip(panels, ("decode", "prefill"), strict=True):
         rates = {name: median(arm[what]) for name, arm in arms.items()}
-        colors = [MINE if name in OURS else RIVAL for name in rates]
+        colors = [OURS if name in PRESETS else RIVAL for name in rates]
         axes.bar_label(axes.barh(list(rates), list(rates.values()), color=colors), fmt="%.3g")
         axes.invert_yaxis()
         axes.set_title(f"{what}, tokens a second")
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    write_svg(figure, path)
 
 
 def main() -> None:
@@ -426,19 +420,10 @@ def main() -> None:
         say("no --llama-python: llama.cpp is left out")
     run_part = {"speed": speed, "quality": quality}
     parts = {name: run_part[name](options) for name in options.parts.split(",")}
-    document = {
-        "benchmark": "decode",
-        "command": typed("decode.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "parts": parts,
-        "verdicts": list(verdicts(parts)),
-    }
+    document = documented(parts=parts, verdicts=list(verdicts(parts)))
     if options.plot and "speed" in parts:
         plot(parts["speed"]["arms"], options.plot)
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

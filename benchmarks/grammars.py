@@ -51,81 +51,26 @@ import platform
 import random
 import re
 import statistics
-import subprocess
-import sys
-import tarfile
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-
-Result = dict[str, Any]
+from report import Result, documented, goals, heading, neighbours, publish, say, table, watching
+from schemas import DRAFT, MEASURED, SCHEMAS, fetch_suite, read_suite, spellings
+from texts import load_tokenizer, tokenizer_folder
 
 ENGINES = ("llguidance", "xgrammar", "outlines-core")
 BASE = ("torch", "transformers", "numpy")  # what every installation of ours has
-DRAFT = "draft2020-12"
 PATIENCE = 10.0  # seconds for a schema of the suite
 LIMIT = 60.0  # seconds for a schema of ours, and for its steps
 STEP_GOAL = 1_000.0  # microseconds a token
-
-# Schemas -------------------------------------------------------------------------------------
-
-STRING, INTEGER, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}
-
-
-def closed(**properties: Any) -> Result:
-    """An object with these properties, all required, and no others."""
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-COLOURS = {"enum": ["crimson", "chartreuse", "cornflower blue", "burnt sienna"]}
-LINE = closed(
-    sku=STRING,
-    quantity={"type": "integer", "minimum": 1, "maximum": 999},
-    price=NUMBER,
-    colour=COLOURS,
-    notes={"anyOf": [STRING, {"type": "null"}]},
-)
-ADDRESS = closed(street=STRING, city=STRING, country={"enum": ["CN", "DE", "FR", "JP", "US"]})
-SCHEMAS = {
-    "three fields": closed(name=STRING, age=INTEGER, member={"type": "boolean"}),
-    "nested order": closed(
-        id=STRING,
-        status={"enum": ["new", "paid", "shipped", "returned"]},
-        billing=ADDRESS,
-        shipping=ADDRESS,
-        lines={"type": "array", "items": LINE, "minItems": 1},
-        tags={"type": "array", "items": {"type": "string", "maxLength": 20}, "maxItems": 5},
-    ),
-    "100 fields": closed(
-        **{
-            f"field_{i}": (STRING, INTEGER, NUMBER, COLOURS, {"type": "boolean"})[i % 5]
-            for i in range(100)
-        }
-    ),
-    "recursive tree": {
-        "$defs": {
-            "node": closed(
-                value=NUMBER, children={"type": "array", "items": {"$ref": "#/$defs/node"}}
-            )
-        },
-        "$ref": "#/$defs/node",
-    },
-}
-MEASURED = "nested order"
 
 TEXT = (
     "Leave it with the neighbour on the second floor, 请放在门口的架子上 and ring twice: the bell "
@@ -358,18 +303,6 @@ CLASSES: dict[str, type[Engine]] = {
 
 
 # In an engine's own process ------------------------------------------------------------------
-
-
-def load_tokenizer() -> Any:
-    """Gemma 2's own tokenizer where GEMMA2_TOKENIZER names its folder, else the demo's."""
-    from transformers import AutoTokenizer
-
-    import gemma2_stream
-
-    folder = os.environ.get("GEMMA2_TOKENIZER")
-    if folder is None:
-        folder = str(Path(gemma2_stream.__file__).parent / "demo")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
@@ -639,36 +572,6 @@ class Process:
 # The suite -----------------------------------------------------------------------------------
 
 
-def fetch_suite(folder: Path) -> Path:
-    """The suite from the source distribution of jsonschema, which carries it."""
-    say("fetch the JSON Schema Test Suite, in the source of jsonschema")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    subprocess.run([*pip, "--no-binary", "jsonschema", "jsonschema"], check=True, stdout=sys.stderr)
-    (archive,) = folder.glob("jsonschema-*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    return next(folder.glob("jsonschema-*/json"))
-
-
-def spellings(value: Any, separators: tuple[str, str] = (",", ":")) -> list[bytes]:
-    """JSON of the value as it is, then with its keys in other orders, up to 120 of them."""
-
-    def orders(value: Any) -> Iterator[Any]:
-        if isinstance(value, dict):
-            for keys in itertools.permutations(value):
-                for inner in itertools.product(*(list(orders(value[key])) for key in keys)):
-                    yield dict(zip(keys, inner, strict=True))
-        elif isinstance(value, list):
-            for items in itertools.product(*(list(orders(item)) for item in value)):
-                yield list(items)
-        else:
-            yield value
-
-    dump = json.JSONEncoder(separators=separators, ensure_ascii=False).encode
-    found = itertools.islice(orders(value), 120)
-    return list(dict.fromkeys(dump(each).encode("utf-8", "surrogatepass") for each in found))
-
-
 def judge_group(process: Process, group: Result, tally: Result) -> None:
     """One schema and its instances, counted into the tally of its keyword."""
     tests = group["tests"]
@@ -693,33 +596,6 @@ def judge_group(process: Process, group: Result, tally: Result) -> None:
             tally["invalid accepted"] += any(accepted)
             loose |= any(accepted)
     tally["schemas not held"] += loose
-
-
-TYPES = {
-    "number": "maximum minimum exclusiveMaximum exclusiveMinimum multipleOf",
-    "string": "maxLength minLength pattern format",
-    "array": "items prefixItems maxItems minItems uniqueItems contains minContains maxContains",
-    "object": "properties required additionalProperties patternProperties propertyNames "
-    "minProperties maxProperties dependentRequired dependentSchemas",
-}
-KINDS: dict[str, Any] = {"number": (int, float), "string": str, "array": list, "object": dict}
-
-
-def typed_group(group: Result) -> Result | None:
-    """The group with the one type that its schema's keywords are of, if they are of one."""
-    schema = group["schema"]
-    if not isinstance(schema, dict):
-        return None
-    found = {kind for kind, words in TYPES.items() if schema.keys() & set(words.split())}
-    if len(found) != 1 or "type" in schema or '"#"' in json.dumps(schema):
-        return None
-    (kind,) = found
-    tests = [
-        test
-        for test in group["tests"]
-        if isinstance(test["data"], KINDS[kind]) and not isinstance(test["data"], bool)
-    ]
-    return {"schema": {**schema, "type": kind}, "tests": tests} if tests else None
 
 
 PARTS = {
@@ -754,35 +630,7 @@ def judge_suite(name: str, groups: dict[str, list[Result]]) -> Result:
     return {"total": total, "keywords": keywords}
 
 
-def read_suite(folder: Path) -> dict[str, dict[str, list[Result]]]:
-    """Its groups by part and by file."""
-
-    def groups(inner: str) -> dict[str, list[Result]]:
-        files = sorted((folder / "tests" / DRAFT / inner).glob("*.json"))
-        if not files:
-            raise SystemExit(f"no tests of {DRAFT} in the folder {folder.name}")
-        return {file.stem: json.loads(file.read_text("utf-8")) for file in files}
-
-    def typed(files: dict[str, list[Result]]) -> dict[str, list[Result]]:
-        found = {name: list(map(typed_group, each)) for name, each in files.items()}
-        return {
-            name: [group for group in each if group] for name, each in found.items() if any(each)
-        }
-
-    suite = groups("")
-    annotations = {"format": suite["format"]}  # where no format is asserted
-    return {
-        "suite": suite,
-        "typed": typed({name: each for name, each in suite.items() if name not in annotations}),
-        "formats": typed(groups("optional/format")),
-    }
-
-
 # The comparison ------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def requirements(names: Iterable[str]) -> set[str]:
@@ -883,8 +731,6 @@ def measure_engine(name: str, options: argparse.Namespace, suite: Result) -> Res
 
 
 def compare(options: argparse.Namespace) -> Result:
-    from streaming import watching
-
     figures: Result = {"missing": [], "engines": {}}
     with watching(figures), tempfile.TemporaryDirectory() as name:
         suite = {}
@@ -979,8 +825,6 @@ def verdicts(engines: Result) -> Iterator[list[str]]:
 
 
 def engine_tables(figures: Result) -> list[str]:
-    from streaming import neighbours, table
-
     engines = figures["engines"]
     lines = []
     if figures["missing"]:
@@ -1017,29 +861,12 @@ def engine_tables(figures: Result) -> list[str]:
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    from streaming import table
-
-    host = document["machine"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
-    lines = [
-        f"`{document['command']}` on {document['date']}, {host['cores']} cores ({host['cpu']}), "
-        f"{host['memory_gb']} GB, {names}.",
-    ]
-    lines += engine_tables(document)
-    lines += ["**Goals**", table(["goal", "measured", "verdict"], document["verdicts"])]
-    return "\n\n".join(lines)
+    return "\n\n".join([heading(document), *engine_tables(document), goals(document)])
 
 
 def versions() -> dict[str, str]:
     names = ("gemma2-stream", *BASE, "tokenizers")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
-def typed(script: str = "grammars.py") -> str:
-    """The command line, less the folders of this machine."""
-    words = ["python", f"benchmarks/{script}", *(Path(word).name for word in sys.argv[1:])]
-    return " ".join(["GEMMA2_TOKENIZER=FOLDER"] * ("GEMMA2_TOKENIZER" in os.environ) + words)
 
 
 def main() -> None:
@@ -1052,22 +879,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.rounds = 1
-    from streaming import machine  # here, so that the engines' processes don't load LangChain
-
-    if "GEMMA2_TOKENIZER" not in os.environ:
-        say("GEMMA2_TOKENIZER is not set: the demo's small vocabulary stands in for Gemma 2's")
+    tokenizer_folder()  # says where it is from; what the engines' processes say is not shown
     figures = compare(options)
-    document = {
-        "benchmark": "grammars",
-        "command": typed(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        **figures,
-        "verdicts": list(verdicts(figures["engines"])),
-    }
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    found = list(verdicts(figures["engines"]))
+    document = documented(versions=versions(), **figures, verdicts=found)
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -28,38 +28,36 @@ Prints Markdown; progress goes to stderr; the last line is JSON with every figur
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from grammars import typed
-from streaming import (
-    against,
+from report import (
+    Result,
+    at_most,
+    documented,
+    goals,
+    heading,
     interval,
-    load_tokenizer,
-    machine,
     neighbours,
-    random_stack,
+    publish,
     rounded,
     say,
     span,
     table,
-    versions,
     watching,
 )
+from stack import random_stack
+from texts import load_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
 from gemma2_stream.sampling import Chooser
-
-Result = dict[str, Any]
 
 GOAL = 1.3  # times a greedy step
 ROWS = (1, 8)
@@ -216,16 +214,14 @@ def choices(engine: Gemma2Engine, times: int) -> Result:
 
 def verdicts(figures: Result) -> Iterator[list[str]]:
     for rows, found in figures["rows"].items():
-        for name, (low, middle, high) in found[OURS].items():
+        for name, ratio in found[OURS].items():
             if name != "greedy":
                 goal = f"{name}, {rows} row{'s' * (rows != '1')}: at most {GOAL} times greedy"
-                yield [goal, span([low, middle, high], 2), against(low, high, GOAL)]
+                yield [goal, span(ratio, 2), at_most(ratio, GOAL)]
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, figures = document["machine"], document["figures"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    figures = document["figures"]
     rows = figures["rows"]
     greedy = "; ".join(
         f"rows: {n}, {span(each['greedy_ms'], 0)} ms, {each['rounds']} rounds"
@@ -241,16 +237,14 @@ def report(document: Result) -> str:
     ]
     return "\n\n".join(
         [
-            f"`{document['command']}` on {document['date']}, {host['cores']} cores "
-            f"({host['cpu']}), {host['memory_gb']} GB, {names}. In brackets are 95 % intervals.",
+            f"{heading(document)} In brackets are 95 % intervals.",
             f"**Time of a step, over our greedy step** ({greedy}), "
             f"{figures['layers']} layers of Gemma-2-2b's shape in bfloat16",
             table(head, ratios),
             neighbours(figures),
             "**CPU µs to choose one token**",
             table(["", OURS, THEIRS], micros),
-            "**Goals**",
-            table(["goal", "measured", "verdict"], document["verdicts"]),
+            goals(document),
         ]
     )
 
@@ -282,17 +276,8 @@ def main() -> None:
         figures["choice_us"] = choices(engine, 10 if options.quick else 30)
         for rows in ROWS:
             figures["rows"][str(rows)] = steps(engine, clock, rows, options)
-    document = {
-        "benchmark": "sampling",
-        "command": typed("sampling.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "figures": figures,
-        "verdicts": list(verdicts(figures)),
-    }
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    document = documented(figures=figures, verdicts=list(verdicts(figures)))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -57,33 +57,34 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from grammars import typed
-from streaming import (
+from report import (
     INK,
     OURS,
     RIVAL,
+    Result,
+    at_most,
     canvas,
+    documented,
+    goals,
+    heading,
     interval,
-    load_tokenizer,
-    machine,
     neighbours,
+    publish,
     rounded,
     say,
     span,
     table,
-    versions,
     watching,
+    write_svg,
 )
+from texts import QUESTIONS, load_tokenizer
 
 import gemma2_stream
-
-Result = dict[str, Any]
 
 GOAL_MS = 0.3  # of CPU a token
 PACES_MS = (5, 20)
@@ -92,7 +93,6 @@ WORDS = 100  # of a long answer of the paced engine
 SHORT = 8  # answers of one word, for each long one
 CLIENTS = (1, 4, 16, 64)
 TOKENS = 32  # at most, of an answer of the model
-QUESTIONS = ("你是谁", "What is a token?", "What is Gemma 2?", "How do I stream?", "Hello")
 ENGINE, SERVER = "engine in process", "gemma2-stream serve"
 RAY, TRANSFORMERS, VLLM = "Ray Serve, one replica", "transformers serve", "vLLM"
 IN_TURN = {TRANSFORMERS: 1}  # clients at most, of whoever answers one after another
@@ -540,36 +540,32 @@ def sides_table(document: Result) -> str:
 def verdicts(figures: Result) -> Iterator[list[str]]:
     for name, sides in figures["alone"].items():
         found = more(sides, "cpu_ms")
-        verdict = "pass" if found[-1] <= GOAL_MS else "fail" if found[0] > GOAL_MS else "undecided"
-        yield [f"{name}: at most {GOAL_MS} ms of CPU a token more", span(found, 3), verdict]
+        goal = f"{name}: at most {GOAL_MS} ms of CPU a token more"
+        yield [goal, span(found, 3), at_most(found, GOAL_MS)]
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, figures = document["machine"], document["figures"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    figures = document["figures"]
     model = (
         f"{document['layers']} layers of Gemma-2-2b's size" if document["layers"] else "the demo"
     )
     return "\n\n".join(
         [
-            f"`{document['command']}` on {document['date']}, {host['cores']} cores "
-            f"({host['cpu']}), {host['memory_gb']} GB, {names}. In brackets are 95 % intervals.",
+            f"{heading(document)} In brackets are 95 % intervals.",
             "**The server alone**, with an engine that only says words: milliseconds",
             alone_table(figures["alone"]),
             f"**Clients of {model}**, one torch thread: one client's milliseconds, and tokens a "
             "second in all",
             sides_table(document),
             neighbours(figures),
-            "**Goals**",
-            table(["goal", "measured", "verdict"], document["verdicts"]),
+            goals(document),
         ]
     )
 
 
 def plot(document: Result, path: str) -> None:
     figures = document["figures"]
-    figure, (costs, rates) = canvas(2, "serving")
+    figure, (costs, rates) = canvas(2)
     places = [*figures["alone"]]
     for offset, (name, color) in enumerate(zip(PACED, (INK, OURS), strict=True)):
         heights = [median(run["cpu_ms"] for run in figures["alone"][each][name]) for each in places]
@@ -595,7 +591,7 @@ def plot(document: Result, path: str) -> None:
     rates.set_xlabel("clients at once")
     rates.set_title("tokens a second in all")
     figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    write_svg(figure, path)
 
 
 def main() -> None:
@@ -614,24 +610,18 @@ def main() -> None:
     if options.quick:
         options.rounds, options.paces = 2, PACES_MS[:1]
     figures = measure(options)
-    document = {
-        "benchmark": "serving",
-        "command": typed("serving.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "quick": options.quick,
-        "layers": options.layers,
-        "clients": options.clients,
-        "figures": figures,
-        "verdicts": [*verdicts(figures)],
-    }
+    document = documented(
+        quick=options.quick,
+        layers=options.layers,
+        clients=options.clients,
+        figures=figures,
+        verdicts=list(verdicts(figures)),
+    )
     if VLLM in figures["sides"]:
         document["versions"][VLLM] = figures["sides"][VLLM]["version"]
     if options.plot:
         plot(document, options.plot)
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -39,19 +39,29 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import UTC, datetime
 from statistics import linear_regression, median
 from typing import Any
 
 import psutil
-from grammars import typed
-from streaming import INK, OURS, canvas, machine, neighbours, say, table, versions, watching
-
-Result = dict[str, Any]
+from report import (
+    INK,
+    OURS,
+    Result,
+    canvas,
+    documented,
+    goals,
+    heading,
+    neighbours,
+    publish,
+    say,
+    table,
+    watching,
+    write_svg,
+)
+from texts import QUESTIONS
 
 CLIENTS = 4
 PREFIX_BYTES = 16 * 2**20
-QUESTIONS = ("你是谁", "What is a token?", "What is Gemma 2?", "How do I stream?", "Hello")
 KINDS = ("stream",) * 6 + ("whole", "leave", "leave", "bad")
 POINTS = 60  # of each curve
 WARM = 0.2  # of the time
@@ -306,27 +316,23 @@ def verdicts(figures: Result) -> list[list[object]]:
 
 
 def report(document: Result) -> str:
-    """The Markdown that the results keep."""
-    host, figures = document["machine"], document["figures"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    figures = document["figures"]
     asked = ", ".join(f"{count:,} {name}" for name, count in sorted(figures["requests"].items()))
     rows = [[said, *figures["ends"][name]] for name, said in {**FIGURES, **TIMES}.items()]
     return "\n\n".join(
         [
-            f"`{document['command']}` on {document['date']}, {host['cores']} cores "
-            f"({host['cpu']}), {host['memory_gb']} GB, {names}.",
+            heading(document),
             f"**{figures['seconds_of_load']:,} seconds, {CLIENTS} clients**: {asked}.",
             table(["medians of the quarters after the warm-up", "first", "last"], rows),
             f"By least squares after the warm-up {figures['mib_an_hour']:+} MiB in use an hour. "
             f"{neighbours(figures)}",
-            "**Goals**",
-            table(["goal", "measured", "verdict"], document["verdicts"]),
+            goals(document),
         ]
     )
 
 
 def plot(figures: Result, path: str) -> None:
-    figure, panels = canvas(4, "soak")
+    figure, panels = canvas(4)
     step = figures["seconds_of_load"] / 60 / POINTS
     minutes = [step * (number + 0.5) for number in range(POINTS)]
     shown = {IN_USE: FIGURES[IN_USE], "rss_mib": HELD["rss_mib"], **TIMES}
@@ -337,7 +343,7 @@ def plot(figures: Result, path: str) -> None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("minutes")
         axes.set_title(said)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    write_svg(figure, path)
 
 
 def main() -> None:
@@ -353,20 +359,10 @@ def main() -> None:
     if options.quick:
         options.minutes = 1 / 3
     figures = measure(options)
-    document = {
-        "benchmark": "soak",
-        "command": typed("soak.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "quick": options.quick,
-        "figures": figures,
-        "verdicts": verdicts(figures),
-    }
+    document = documented(quick=options.quick, figures=figures, verdicts=verdicts(figures))
     if options.plot:
         plot(figures, options.plot)
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -28,24 +28,32 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from streaming import interval, machine, neighbours, say, table, versions, watching
-from structured import typed
+from report import (
+    Result,
+    at_least,
+    documented,
+    goals,
+    heading,
+    interval,
+    neighbours,
+    publish,
+    say,
+    span,
+    table,
+    watching,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
 from gemma2_stream.loading import pick_dtype
-
-Result = dict[str, Any]
 
 GOAL = 1.8  # times as fast as without guesses, on code that repeats itself
 LOOKUPS = (4, 10)
@@ -196,35 +204,30 @@ def summed(runs: dict[str, list[tuple[float, int, str]]]) -> Result:
 def verdicts(figures: Result) -> Iterator[list[str]]:
     for name in ("accessors", "tables"):
         if name in figures["tasks"]:
-            low, middle, high = figures["tasks"][name]["lookup 10"]["speedup"]
-            passed = "pass" if low >= GOAL else "fail" if high < GOAL else "undecided"
+            speedup = figures["tasks"][name]["lookup 10"]["speedup"]
             goal = f"{name}: at least {GOAL} times as fast with prompt_lookup_num_tokens=10"
-            yield [goal, f"{middle:.2f} ({low:.2f} to {high:.2f})", passed]
+            yield [goal, span(speedup, 2), at_least(speedup, GOAL)]
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, figures = document["machine"], document["figures"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    figures = document["figures"]
     rows = [
         [
             f"{task}, {arm}",
             f"{found['seconds']:.2f}",
             found["forwards"],
-            "{1:.2f} ({0:.2f} to {2:.2f})".format(*found["speedup"]),
+            span(found["speedup"], 2),
             "yes" if found["same_text"] else "no",
         ]
         for task, arms in figures["tasks"].items()
         for arm, found in arms.items()
     ]
     lines = [
-        f"`{document['command']}` on {document['date']}, {host['cores']} cores ({host['cpu']}), "
-        f"{host['memory_gb']} GB, {names}. In brackets are 95 % intervals.",
+        f"{heading(document)} In brackets are 95 % intervals.",
         f"**{document['tokens']} tokens of {figures['model']} in {figures['dtype']}**",
         table(["", "seconds", "forwards", "times as fast", "same text"], rows),
         neighbours(figures),
-        "**Goals**",
-        table(["goal", "measured", "verdict"], document["verdicts"]),
+        goals(document),
     ]
     return "\n\n".join(lines)
 
@@ -242,18 +245,9 @@ def main() -> None:
     options.rounds = options.rounds or (2 if options.quick else 7)
     torch.set_num_threads(1)  # more would spin on a busy core
     figures = measure(options)
-    document = {
-        "benchmark": "speculation",
-        "command": typed("speculation.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "tokens": options.tokens,
-        "figures": figures,
-        "verdicts": list(verdicts(figures)),
-    }
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    found = list(verdicts(figures))
+    document = documented(tokens=options.tokens, figures=figures, verdicts=found)
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
 
+from gemma2_stream import Gemma2Engine
 from gemma2_stream.attention import prefer_grouped
 from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
@@ -129,6 +130,11 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
         ease(mine)
     enlarge(mine)
     return mine
+
+
+def engine_of(model: Gemma2ForCausalLM, tokenizer: Any, **options: Any) -> Gemma2Engine:
+    """What a user gets for these weights, with `options`."""
+    return Gemma2Engine(as_loaded(model), tokenizer, name="stack", **options)
 
 
 def aside(work: Callable[[], T]) -> T:

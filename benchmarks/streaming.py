@@ -49,19 +49,14 @@ import asyncio
 import gc
 import json
 import os
-import platform
-import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +64,34 @@ import psutil
 import torch
 import transformers
 from langchain_huggingface import HuggingFacePipeline
-from stack import random_stack, save
-from transformers import (
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    TextIteratorStreamer,
-    pipeline,
+from report import (
+    INK,
+    OURS,
+    RIVAL,
+    Result,
+    at_most,
+    canvas,
+    documented,
+    goals,
+    heading,
+    interval,
+    neighbours,
+    publish,
+    rounded,
+    say,
+    span,
+    table,
+    watching,
+    write_svg,
 )
+from stack import random_stack, save
+from texts import TEXTS, load_tokenizer
+from transformers import Gemma2Config, Gemma2ForCausalLM, TextIteratorStreamer, pipeline
 
-import gemma2_stream
 from gemma2_stream import Chunk, Gemma2Engine, Gemma2LLM, Request, SamplingParams, TokenStream, hub
 from gemma2_stream.detokenizer import detokenizer_for
 from gemma2_stream.stream import Channel
 from gemma2_stream.streamer import Row, TokenStreamer
-
-Result = dict[str, Any]
 
 OVERHEAD_GOAL = 100.0  # microseconds a token on bare `generate`, on the demo
 RATIO_GOAL = 1.02  # of bare's time, on layers of real size
@@ -96,85 +103,7 @@ STACK_PROMPT, STACK_TOKENS = "The quick brown fox", 12
 POSITIONS = (100, 1_000, 4_000)
 STEP_PAUSE = 0.01  # seconds, in which a reader that has something to read has long read it
 
-TEXTS = {
-    "English": "Streaming shows each word as soon as the model has chosen it, so that nobody has "
-    "to wait for the end of a long answer before reading its extraordinarily short beginning.",
-    "Chinese": "流式输出让读者在模型选定每个词的同时就能看到它，因此没有人需要等到一个很长的回答"
-    "结束之后才开始阅读。标点符号、数字（比如 2024 年）和少见的字，例如饕餮与魑魅魍魉，也一样。",
-    "Japanese": "ストリーミングでは、モデルが選んだ言葉がすぐに画面に表示されるので、"
-    "長い回答が終わるまで待つ必要はありません。ひらがな、カタカナ、漢字のどれでも同じです。",
-    "Korean": "스트리밍은 모델이 단어를 고르는 즉시 보여 주기 때문에 긴 답변이 끝날 때까지 "
-    "아무도 기다릴 필요가 없습니다. 한글과 숫자, 문장 부호도 마찬가지입니다.",
-    "Thai": "การสตรีมแสดงแต่ละคำทันทีที่แบบจำลองเลือกคำนั้นดังนั้นจึงไม่มีใครต้องรอจนกว่า"
-    "คำตอบยาวจะจบลงก่อนที่จะเริ่มอ่านตอนต้น",
-    "emoji": "🚀🌍👩‍🚀👨‍👩‍👧‍👦🎉🏳️‍🌈🇨🇳🇯🇵✨🫠🪿🥹👍🏽🤹🏿‍♀️🐙🍜🏯🎎🧋",
-    "JSON": '{"model":"gemma-2","stream":true,"stop":["\\nHuman:"],"usage":{"prompt_tokens":12,'
-    '"completion_tokens":345,"total_tokens":357},"url":"https://example.org/v1/chat?q=1&lang=zh"}',
-    "code": "def fold(chunks):\n    total = 0\n    for index, chunk in enumerate(chunks):\n"
-    "        if chunk.text and not chunk.done:\n            total += len(chunk.text) * index\n"
-    "    return {'total': total, 'mean': total / max(1, len(chunks))}\n",
-}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-# The machine ---------------------------------------------------------------------------------
-
-
-def machine() -> Result:
-    """What the figures were made on; nothing that names it."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = dict(re.findall(r"^(model name|cpu family)\s*: (.*)$", info.read_text(), re.M))
-        cpu = f"{found.get('model name', cpu)}, family {found.get('cpu family', 'unknown')}"
-    memory = round(psutil.virtual_memory().total / 1e9, 1)
-    return {"cores": os.cpu_count(), "cpu": cpu, "memory_gb": memory, "system": platform.system()}
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "tokenizers", "langchain-core", "langchain-huggingface")
-    found = {name: version(name) for name in names}
-    ours = {"python": platform.python_version(), "gemma2_stream": gemma2_stream.__version__}
-    return {**ours, **found}
-
-
-def _busy() -> float:
-    """CPU seconds that this machine has spent on anything."""
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0))
-
-
-def _own() -> float:
-    """CPU seconds of this process and of its children that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-@contextmanager
-def watching(figures: Result) -> Iterator[None]:
-    """Note in `figures` how long a part took, and how busy others kept the machine meanwhile."""
-    began, busy, own = time.perf_counter(), _busy(), _own()
-    yield
-    wall = time.perf_counter() - began
-    others = max(0.0, (_busy() - busy) - (_own() - own))
-    figures["seconds"] = round(wall, 1)
-    figures["cores_used_by_others"] = round(others / wall, 2)
-    figures["load_average"] = round(psutil.getloadavg()[0], 2)
-
-
 # Models --------------------------------------------------------------------------------------
-
-
-def load_tokenizer() -> Any:
-    """Gemma 2's own tokenizer where GEMMA2_TOKENIZER names its folder, else the demo's."""
-    folder = os.environ.get("GEMMA2_TOKENIZER")
-    if folder is None:
-        say("GEMMA2_TOKENIZER is not set: the demo's small vocabulary stands in for Gemma 2's")
-        folder = str(Path(gemma2_stream.__file__).parent / "demo")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def never_end(engine: Gemma2Engine) -> None:
@@ -240,17 +169,6 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     result = run()
     return result, time.perf_counter() - wall, time.process_time() - cpu
-
-
-def interval(values: Sequence[float]) -> list[float]:
-    """The median between the ends of its 95 % bootstrap interval: [low, median, high]."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(2_000))
-    return [medians[50], statistics.median(values), medians[1949]]
-
-
-def rounded(values: Sequence[float], digits: int) -> list[float]:
-    return [round(value, digits) for value in values]
 
 
 def take_turns(contenders: list[Arm], rounds: int, tokens: int, tokenizer: Any) -> Result:
@@ -732,11 +650,6 @@ def part_d(options: argparse.Namespace) -> Result:
 # What comes out ------------------------------------------------------------------------------
 
 
-def against(low: float, high: float, goal: float) -> str:
-    """Whether an interval is on the right side of `goal`, the wrong one, or on both."""
-    return "pass" if high <= goal else "fail" if low > goal else "undecided"
-
-
 def verdicts(parts: Result) -> Iterator[tuple[str, str, str]]:
     """Each goal, what was measured, and whether it was met."""
     for arm in ("llm.stream", "llm.astream"):
@@ -745,34 +658,23 @@ def verdicts(parts: Result) -> Iterator[tuple[str, str, str]]:
             goal = f"`{arm}`: at most {OVERHEAD_GOAL:.0f} µs a token over bare `generate`"
             for clock in ("cpu", "wall"):
                 us = figures["arms"][arm][clock]["overhead_us"]
-                yield f"{goal}, {clock}", span(us), against(us[0], us[2], OVERHEAD_GOAL)
+                yield f"{goal}, {clock}", span(us), at_most(us, OVERHEAD_GOAL)
         if "stack" in parts.get("a", {}):
             for clock in ("cpu", "wall"):
                 ratio = parts["a"]["stack"]["arms"][arm][clock]["ratio"]
                 goal = f"`{arm}`: at most {RATIO_GOAL} of bare on real-size layers, {clock}"
-                yield goal, span(ratio, 3), against(ratio[0], ratio[2], RATIO_GOAL)
+                yield goal, span(ratio, 3), at_most(ratio, RATIO_GOAL)
     for name, costs in parts.get("c", {}).get("us", {}).items():
         if name != "TextIteratorStreamer":
             ratio = costs[-1] / costs[0]
             goal = f"{name}: after 4,000 tokens at most {FLAT_GOAL} of the cost after 100"
-            yield goal, f"{ratio:.2f}", against(ratio, ratio, FLAT_GOAL)
+            yield goal, f"{ratio:.2f}", at_most([ratio], FLAT_GOAL)
     if "d" in parts:
         found = parts["d"]["import"]
         best, torch_too = found["seconds_best"], found["loads_torch"]
         goal = f"`import gemma2_stream` under {IMPORT_GOAL} s"
-        yield goal, f"{best} s", against(best, best, IMPORT_GOAL)
+        yield goal, f"{best} s", at_most([best], IMPORT_GOAL)
         yield "and without torch", "yes" if not torch_too else "no", "fail" if torch_too else "pass"
-
-
-def span(values: Sequence[float], digits: int = 0) -> str:
-    low, middle, high = (f"{value:.{digits}f}" for value in values)
-    return f"{middle} ({low} to {high})"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; every column but the first to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def cost_table(figures: Result) -> str:
@@ -825,29 +727,24 @@ def start_table(figures: Result) -> str:
     return f"{table(head, rows)}\n\n{neighbours(figures)}"
 
 
-def neighbours(figures: Result) -> str:
-    return f"Other programs kept {figures['cores_used_by_others']} cores busy meanwhile."
-
-
 def measured(parts: Result) -> list[Result]:
     """What was watched: a part, or each model of part a."""
     return [*parts.get("a", {}).values(), *(part for name, part in parts.items() if name != "a")]
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, parts = document["machine"], document["parts"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    parts = document["parts"]
+    before, after = document["load_average"]
     lines = [
-        f"`{document['command']}` on {document['date']}, {host['cores']} cores ({host['cpu']}), "
-        f"{host['memory_gb']} GB, {names}. Load average {document['load_average'][0]} before and "
-        f"{document['load_average'][1]} after. In brackets are 95 % intervals.",
+        f"{heading(document)} Load average {before} before and {after} after. "
+        "In brackets are 95 % intervals.",
     ]
     others = [part["cores_used_by_others"] for part in measured(parts)]
     if max(others) > 0.2:
+        cores = document["machine"]["cores"]
         lines.append(
             f"The machine was shared: other programs kept {min(others)} to {max(others)} of its "
-            f"{host['cores']} cores busy. That lengthens every time, and what wakes a second "
+            f"{cores} cores busy. That lengthens every time, and what wakes a second "
             "thread most; compare within a table, not with another machine's."
         )
     if "a" in parts:
@@ -861,37 +758,19 @@ def report(document: Result) -> str:
         lines += ["**c. Cost after many tokens**", growth_table(parts["c"])]
     if "d" in parts:
         lines += ["**d. Start**", start_table(parts["d"])]
-    lines += ["**Goals**", table(["goal", "measured", "verdict"], document["verdicts"])]
-    return "\n\n".join(lines)
-
-
-INK, OURS, RIVAL = "#808080", "#2a9d8f", "#e07a3f"  # readable on white and on black
-
-
-def canvas(panels: int, salt: str) -> tuple[Any, Any]:
-    """A figure of `panels` side by side, readable on white and on black, and their axes."""
-    import matplotlib as mpl
-
-    mpl.use("svg")
-    from matplotlib import pyplot
-
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9})
-    mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    mpl.rcParams.update({"legend.frameon": False, **dict.fromkeys(inked, INK)})
-    return pyplot.subplots(1, panels, figsize=(11 / 3 * panels, 3.2), layout="constrained")
+    return "\n\n".join([*lines, goals(document)])
 
 
 def plot(parts: Result, path: str) -> None:
     """Parts a, b and c as one picture on a transparent ground."""
-    figure, axes = canvas(3, "streaming")
+    figure, axes = canvas(3)
     if "a" in parts:
         draw_cost(axes[0], parts["a"]["checkpoint"])
     if "b" in parts:
         draw_lag(axes[1], parts["b"]["scripts"])
     if "c" in parts:
         draw_growth(axes[2], parts["c"]["us"])
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    write_svg(figure, path)
 
 
 def draw_cost(axes: Any, figures: Result) -> None:
@@ -927,12 +806,6 @@ def draw_growth(axes: Any, costs: Result) -> None:
     axes.legend()
 
 
-def typed() -> str:
-    """The command line, less the folders of this machine."""
-    words = ["python", "benchmarks/streaming.py", *(Path(word).name for word in sys.argv[1:])]
-    return " ".join(["GEMMA2_TOKENIZER=FOLDER"] * ("GEMMA2_TOKENIZER" in os.environ) + words)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo", help="'demo', a folder, or an id")
@@ -961,20 +834,14 @@ def main() -> None:
     }
     before = psutil.getloadavg()[0]
     parts: Result = {name: run[name]() for name in options.parts.split(",")}
-    document = {
-        "benchmark": "streaming",
-        "command": typed(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "load_average": rounded([before, psutil.getloadavg()[0]], 2),
-        "parts": parts,
-        "verdicts": list(verdicts(parts)),
-    }
+    document = documented(
+        load_average=rounded([before, psutil.getloadavg()[0]], 2),
+        parts=parts,
+        verdicts=list(verdicts(parts)),
+    )
     if options.plot:
         plot(parts, options.plot)
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

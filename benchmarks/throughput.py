@@ -57,7 +57,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,30 +64,33 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from grammars import typed
 from langchain_huggingface import HuggingFacePipeline
-from stack import as_loaded, aside, save, speaking_stack, words
-from streaming import (
+from report import (
     INK,
     OURS,
     RIVAL,
+    Result,
+    at_least,
     canvas,
-    load_tokenizer,
-    machine,
+    documented,
+    goals,
+    heading,
+    interval,
     neighbours,
+    publish,
     rounded,
     say,
     span,
     table,
-    versions,
     watching,
+    write_svg,
 )
-from streaming import interval as bootstrap
+from stack import aside, engine_of, save, speaking_stack, words
+from texts import load_tokenizer
 from transformers import StoppingCriteriaList, pipeline
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
 
-Result = dict[str, Any]
 Prompts = list[list[int]]
 
 PROMPT, TOKENS = 128, 48
@@ -101,11 +103,6 @@ FORWARDS_GOAL = 0.35  # of the forwards of serving them in turn
 IN_TURN, BATCH = "generate, in turn", "generate, one batch"
 HF = HF_ONE, HF_BATCH = "HuggingFacePipeline, one by one", "HuggingFacePipeline, batch"
 ONE = (IN_TURN, HF_ONE)  # a request is timed, and stands for any number of them
-
-
-def engine_of(model: Any, tokenizer: Any, **options: Any) -> Gemma2Engine:
-    """What a user gets for these weights, with `options`."""
-    return Gemma2Engine(as_loaded(model), tokenizer, name="stack", **options)
 
 
 def prompts(vocabulary: Sequence[int], seed: object, rows: int) -> Prompts:
@@ -399,10 +396,6 @@ def arrivals(tokenizer: Any, vocabulary: list[int]) -> Result:
 # The report ----------------------------------------------------------------------------------
 
 
-def at_least(values: Sequence[float], goal: float) -> str:
-    return "pass" if values[0] >= goal else "fail" if values[-1] < goal else "undecided"
-
-
 def ratio(arms: Result, rows: int, other: str) -> list[float] | None:
     """Ours over `other` in tokens a second, paired by round: an interval."""
     mine = arms["ours"].get(rows)
@@ -410,7 +403,7 @@ def ratio(arms: Result, rows: int, other: str) -> list[float] | None:
     if not mine or not theirs:
         return None
     pairs = zip(mine["tokens_per_s"], theirs["tokens_per_s"], strict=False)
-    return rounded(bootstrap([m / t for m, t in pairs]), 2)
+    return rounded(interval([m / t for m, t in pairs]), 2)
 
 
 def verdicts(document: Result) -> Iterator[list[str]]:
@@ -452,14 +445,11 @@ def latency_table(document: Result) -> str:
 
 
 def report(document: Result) -> str:
-    """The Markdown that README quotes."""
-    host, came = document["machine"], document["arrivals"]
-    names = ", ".join(f"{name} {number}" for name, number in document["versions"].items())
+    came = document["arrivals"]
     steps = ", ".join(map(str, came["first_token_steps"]))
     return "\n\n".join(
         [
-            f"`{document['command']}` on {document['date']}, {host['cores']} cores "
-            f"({host['cpu']}), {host['memory_gb']} GB, {names}. In brackets are 95 % intervals.",
+            f"{heading(document)} In brackets are 95 % intervals.",
             *(
                 [f"**Quick form**: {document['layers']} layers; the goals are for 8."]
                 * document["quick"]
@@ -475,14 +465,13 @@ def report(document: Result) -> str:
             f"**Requests that arrive {APART} forwards apart**: {ARRIVALS} of {ANSWER} new tokens "
             f"took {came['forwards']} forwards, and {came['in_turn']} in turn. Forwards from "
             f"arrival to the first token: {steps}.",
-            "**Goals**",
-            table(["goal", "measured", "verdict"], document["verdicts"]),
+            goals(document),
         ]
     )
 
 
 def plot(document: Result, path: str) -> None:
-    figure, (rates, firsts) = canvas(2, "throughput")
+    figure, (rates, firsts) = canvas(2)
     styles = {
         "ours": (OURS, "o-"),
         "vLLM": (RIVAL, "s-"),
@@ -515,7 +504,7 @@ def plot(document: Result, path: str) -> None:
         axes.minorticks_off()
         axes.set_xlabel("requests at once")
     figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    write_svg(figure, path)
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -554,24 +543,19 @@ def main() -> None:
     options.numbers = [int(number) for number in options.requests.split(",")]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    document = {
-        "benchmark": "throughput",
-        "command": typed("throughput.py"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": machine(),
-        "quick": options.quick,
-        "layers": options.layers,
-        "tokens": options.tokens,
-        "numbers": options.numbers,
-        "torch_threads": torch.get_num_threads(),
+    document = documented(
+        quick=options.quick,
+        layers=options.layers,
+        tokens=options.tokens,
+        numbers=options.numbers,
+        torch_threads=torch.get_num_threads(),
         **measure(options),
-    }
-    document["versions"] = versions() | ({"vLLM": document["vllm"]} if document["vllm"] else {})
+    )
+    document["versions"] |= {"vLLM": document["vllm"]} if document["vllm"] else {}
     document["verdicts"] = list(verdicts(document))
     if options.plot:
         plot(document, options.plot)
-    print(report(document), end="\n\n")
-    print(json.dumps(document, ensure_ascii=False, separators=(",", ":")))
+    publish(document, report(document))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,15 @@ def test_make_bench_runs_every_benchmark_in_its_quick_form(tmp_path: Path) -> No
     assert sorted(ran) == [f"benchmarks/{name} --quick" for name in quick]
 
 
+def test_no_benchmark_imports_another() -> None:
+    """So that each process has loaded what is measured in it, and nothing of another's."""
+    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
+    texts = {path.stem: path.read_text("utf-8") for path in scripts}
+    benchmarks = [name for name, text in texts.items() if '"--quick"' in text]
+    named = re.compile(rf"^\s*(?:from|import) ({'|'.join(benchmarks)})\b", re.MULTILINE)
+    assert {name: found for name, text in texts.items() if (found := named.findall(text))} == {}
+
+
 LAYOUT = [
     *("gemma2_stream", "tests", "examples", "benchmarks/streaming.py", "tools"),
     *("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
