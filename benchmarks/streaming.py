@@ -443,7 +443,7 @@ def core_cost(tokenizer: Any, ids: list[int], stops: tuple[str, ...]) -> list[fl
         channel = Channel([request])
         channel.start()
         row = Row(channel, 0, detokenizer(), {1: None, 107: None}, len(ids) + 1)
-        streamer = TokenStreamer(tokenizer, [row], lambda: None, lambda rows: None)
+        streamer = TokenStreamer(tokenizer, [row], lambda: False)
         stream = TokenStream(channel)
         streamer.put(columns[:, :1])
         for count in range(1, len(ids) + 1):
