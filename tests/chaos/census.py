@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import threading
 from collections import Counter
@@ -53,6 +54,10 @@ def nothing_left(demo_engine: Gemma2Engine, caplog: pytest.LogCaptureFixture) ->
     for name in ("gemma2_stream", "langchain_core"):
         caplog.set_level(logging.CRITICAL, name)
     list(demo_engine.submit([Request((2,), SamplingParams(max_new_tokens=1))]))  # starts its thread
+    with contextlib.suppress(ImportError):  # uvicorn takes it where it is installed, as by Ray
+        importlib.import_module(
+            "uvloop"
+        ).new_event_loop().close()  # libuv keeps a pipe from then on
     gc.collect()
     gc.freeze()  # what is there already is not looked at, which would take long
     try:
