@@ -74,7 +74,7 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         old = self._buffers
         grown = [like.new_empty(*like.shape[:2], room, like.shape[3]) for like in (keys, values)]
         for new in grown:
-            new[:, :, used:] = 0
+            new[:, :, used + keys.shape[-2] :] = 0
         if old is not None:
             for new, before in zip(grown, old, strict=True):
                 new[:, :, :used] = before[:, :, :used]
