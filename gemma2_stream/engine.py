@@ -119,7 +119,7 @@ class Gemma2Engine(Resident):
         self._encoder = PromptEncoder(tokenizer)
         self._detokenizer = detokenizer_for(tokenizer)
         self._config = _greedy(model, tokenizer)
-        self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self._grammars = Grammars(
             tokenizer, self._encoder.text, self.vocab_size, self._config.eos_token_id
         )
@@ -346,7 +346,7 @@ def _drafters(model: Any, assistant: Any, tokens: int | None) -> list[Drafter]:
     """What guesses tokens ahead. Raises ParameterError."""
     drafters: list[Drafter] = [Lookup(tokens)] if tokens is not None else []
     if assistant is not None:
-        ours, theirs = (len(each.get_input_embeddings().weight) for each in (model, assistant))
+        ours, theirs = (each.get_input_embeddings().num_embeddings for each in (model, assistant))
         if ours != theirs:
             raise ParameterError(
                 f"assistant={_path(assistant)!r} has a vocabulary of {theirs:,} tokens and the "

@@ -6,6 +6,7 @@ Knows torch and Linux's transparent huge pages (`man 2 madvise`), and nothing of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 from typing import Any
 
@@ -14,17 +15,29 @@ import torch
 from torch import nn
 
 LARGE_PAGE = 2 * 2**20  # bytes
+MADV_COLLAPSE = 25  # of Linux 6.1, and not yet in Python's mmap
 
 
 def enlarge(model: nn.Module) -> None:
     """Move the weights of `model`, on a CPU, into memory whose pages are large where it fills one.
 
     One weight after the other, so that no more than one is there twice; tied ones stay tied. Small
-    ones move too, or the whole file stays mapped. Without Linux nothing moves.
+    ones move too, or the whole file stays mapped. What oneDNN has arranged stays where it is, and
+    Linux gathers its pages. Without Linux nothing moves.
     """
     if hasattr(mmap, "MADV_HUGEPAGE"):
         for weight in model.parameters():
-            weight.data = _moved(weight.data)
+            if weight.is_mkldnn:
+                _gather(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
+            else:
+                weight.data = _moved(weight.data)
+
+
+def _gather(address: int, size: int) -> None:
+    """Have the kernel put what is there into large pages; older ones refuse, and it stays."""
+    start = address - address % mmap.PAGESIZE
+    advise = ctypes.CDLL(None).madvise
+    advise(ctypes.c_void_p(start), ctypes.c_size_t(address + size - start), MADV_COLLAPSE)
 
 
 def _moved(weight: torch.Tensor) -> torch.Tensor:

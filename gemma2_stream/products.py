@@ -7,6 +7,8 @@ what is wanted.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import threading
 from collections.abc import Iterator
 from typing import Any, TypeGuard
@@ -30,6 +32,13 @@ WIDE = 2**25
 
 # `_weight_int8pack_mm` reads beyond rows that are no multiple of 16, and crashes.
 MULTIPLE = 32
+
+# Rows of a packed product at a time, each in two halves: of one more oneDNN would make 512, of zeros.
+# What goes with them then stays in a core's cache.
+PIECE = 128
+
+# oneDNN packs an int8 weight in groups of so many rows, and within them of so many columns.
+GROUP = (64, 4)
 
 
 def hasten(model: nn.Module) -> None:
@@ -108,10 +117,11 @@ class FusedMLP(Gemma2MLP):
 
 def shrink(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold the weights of products and embeddings as int8, with a scale for each row, and compute
-    in `dtype`.
+    in `dtype`. Where oneDNN multiplies int8 exactly, it arranges those of products once for all.
 
     One weight after the other, so that no more than one is there twice; tied ones stay tied.
     """
+    packs = dtype in (torch.float32, torch.bfloat16) and _packs()
     for modules in list(_by_weight(model)):
         narrow, scale = _narrowed(modules[0].weight.data, dtype)
         shared = nn.Parameter(narrow, requires_grad=False)
@@ -119,6 +129,8 @@ def shrink(model: nn.Module, dtype: torch.dtype) -> None:
             module.weight = shared
             module.register_buffer("scale", scale, persistent=False)
             module.__class__ = Int8Linear if isinstance(module, nn.Linear) else Int8Embedding
+        if packs:
+            _pack(modules)
     for weight in model.parameters():
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype, copy=True)  # or the whole file stays mapped
@@ -150,6 +162,78 @@ def _narrowed(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
     return narrow, scale
 
 
+@functools.cache
+def _packs() -> bool:
+    """Whether there are oneDNN's int8 products, and exact: old processors cut off sums of two."""
+    most = torch.full((64, 64), -127, dtype=torch.int8)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(most, None)
+        found = _packed_product(most, packed, torch.ones(64), torch.float32)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((found == 64 * 127**2).all())
+
+
+def _pack(modules: list[Any]) -> None:
+    """Let `modules` share their int8 weight as oneDNN arranges it, (in, out) and opaque; those of
+    them that look rows up get a view of its memory.
+    """
+    narrow: torch.Tensor = modules[0].weight
+    tables = [module for module in modules if isinstance(module, nn.Embedding)]
+    if len(tables) == len(modules):
+        return
+    packed = torch.ops.onednn.qlinear_prepack(narrow, None)
+    if tables:
+        if (table := _table(packed, narrow)) is None:
+            return
+        for module in tables:
+            module.register_buffer("table", table, persistent=False)
+    shared = nn.Parameter(packed, requires_grad=False)
+    for module in modules:
+        module.weight = shared
+
+
+def _table(packed: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor | None:
+    """The memory of `packed` as (groups, columns, rows, columns), if `narrow` is found there."""
+    (outs, ins), (rows, columns) = narrow.shape, GROUP
+    if outs % rows or ins % columns:
+        return None
+    address = torch.ops.mkldnn.data_ptr(packed)
+    memory = torch.frombuffer(
+        (ctypes.c_int8 * narrow.numel()).from_address(address), dtype=narrow.dtype
+    )
+    table = memory.view(outs // rows, ins // columns, rows, columns)
+    for group, true in zip(table, narrow.split(rows), strict=True):
+        if not torch.equal(group.transpose(0, 1).reshape(rows, ins), true):
+            return None
+    return table
+
+
+def _packed_product(
+    rows: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """int8 `rows` (n, in) times the packed weight, times the `scale` of each output: (n, out)."""
+    none = torch.empty(0, dtype=torch.int32)
+    product = torch.ops.onednn.qlinear_pointwise
+    return product(  # type: ignore[no-any-return]
+        rows, 1.0, 0, packed, scale, none, None, 1.0, 0, dtype, "none", [], ""
+    )
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` (n, in) as `(high + low / 256) * step`: int8 (2, n, in), and for each row a power of two,
+    (n, 1), by which nothing is rounded. One byte would change what a model says; two do not.
+    """
+    # Infinity and NaN make step NaN, which then is all of the row's product.
+    largest = x.abs().amax(-1, keepdim=True).div_(127).clamp_min_(1e-30)
+    step = largest / torch.frexp(largest).mantissa
+    whole = (x * (256 / step)).to(torch.int16)
+    halves = torch.empty((2, *x.shape), dtype=torch.int8)
+    halves[1] = whole  # what is over is cut off
+    halves[0] = whole.add_(128).bitwise_right_shift_(8)
+    return halves, step
+
+
 class Int8Linear(nn.Linear):
     """`nn.Linear` without bias over int8 rows, each with its scale; computes in x's dtype."""
 
@@ -157,13 +241,24 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= FEW:
+        if self.weight.is_mkldnn:
+            product = self._packed(rows)
+        elif len(rows) <= FEW:
             product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
             blocks = torch.split(self.weight, max(1, WIDE // self.in_features))
             parts = [functional.linear(rows, _widened(block, x.dtype)) for block in blocks]
             product = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mul_(self.scale)
         return product.view(*x.shape[:-1], self.out_features)
+
+    def _packed(self, rows: torch.Tensor) -> torch.Tensor:
+        product, scale = rows.new_empty(len(rows), self.out_features), self.scale.float()
+        for part, into in zip(rows.split(PIECE), product.split(PIECE), strict=True):
+            halves, step = _halves(part)
+            sums = _packed_product(halves.flatten(0, 1), self.weight, scale, rows.dtype)
+            high, low = sums.view(2, len(part), -1)
+            torch.add(high, low, alpha=1 / 256, out=into).mul_(step)
+        return product
 
 
 _used = threading.local()
@@ -184,8 +279,13 @@ class Int8Embedding(nn.Embedding):
     """`nn.Embedding` over int8 rows, each with its scale, and what Gemma's multiplies it with."""
 
     scale: torch.Tensor
+    table: torch.Tensor
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = self.weight[input].to(self.scale.dtype) * self.scale[input, None]
+        if self.weight.is_mkldnn:
+            rows = self.table[input // GROUP[0], :, input % GROUP[0]].flatten(-2)
+        else:
+            rows = self.weight[input]
+        rows = rows.to(self.scale.dtype) * self.scale[input, None]
         factor = getattr(self, "embed_scale", None)
         return rows if factor is None else rows * factor.to(rows.dtype)
