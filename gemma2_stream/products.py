@@ -33,9 +33,9 @@ WIDE = 2**25
 # `_weight_int8pack_mm` reads beyond rows that are no multiple of 16, and crashes.
 MULTIPLE = 32
 
-# Rows of a packed product at a time, each in two halves: of one more oneDNN would make 512, of zeros.
-# What goes with them then stays in a core's cache.
-PIECE = 128
+# Rows of a packed product at a time, in this order: two halves of each, and oneDNN fills up with
+# zeros to 256, to 512, to 1024.
+PIECES = (512, 256, 128)
 
 # oneDNN packs an int8 weight in groups of so many rows, and within them of so many columns.
 GROUP = (64, 4)
@@ -117,7 +117,7 @@ class FusedMLP(Gemma2MLP):
 
 def shrink(model: nn.Module, dtype: torch.dtype) -> None:
     """Hold the weights of products and embeddings as int8, with a scale for each row, and compute
-    in `dtype`. Where oneDNN multiplies int8 exactly, it arranges those of products once for all.
+    in `dtype`. On processors with AMX, oneDNN arranges those of products once for all.
 
     One weight after the other, so that no more than one is there twice; tied ones stay tied.
     """
@@ -164,9 +164,13 @@ def _narrowed(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 @functools.cache
 def _packs() -> bool:
-    """Whether there are oneDNN's int8 products, and exact: old processors cut off sums of two."""
+    """Whether oneDNN has exact int8 products for the processor's matrix units: without AMX, one row
+    takes it a hundred times as long.
+    """
     most = torch.full((64, 64), -127, dtype=torch.int8)
     try:
+        if not torch.cpu._is_amx_tile_supported():
+            return False
         packed = torch.ops.onednn.qlinear_prepack(most, None)
         found = _packed_product(most, packed, torch.ones(64), torch.float32)
     except (AttributeError, RuntimeError):
@@ -203,7 +207,7 @@ def _table(packed: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor | None:
         (ctypes.c_int8 * narrow.numel()).from_address(address), dtype=narrow.dtype
     )
     table = memory.view(outs // rows, ins // columns, rows, columns)
-    for group, true in zip(table, narrow.split(rows), strict=True):
+    for group, true in zip(table, torch.split(narrow, rows), strict=True):
         if not torch.equal(group.transpose(0, 1).reshape(rows, ins), true):
             return None
     return table
@@ -253,12 +257,22 @@ class Int8Linear(nn.Linear):
 
     def _packed(self, rows: torch.Tensor) -> torch.Tensor:
         product, scale = rows.new_empty(len(rows), self.out_features), self.scale.float()
-        for part, into in zip(rows.split(PIECE), product.split(PIECE), strict=True):
+        pieces = _pieces(len(rows))
+        for part, into in zip(torch.split(rows, pieces), torch.split(product, pieces), strict=True):
             halves, step = _halves(part)
             sums = _packed_product(halves.flatten(0, 1), self.weight, scale, rows.dtype)
             high, low = sums.view(2, len(part), -1)
             torch.add(high, low, alpha=1 / 256, out=into).mul_(step)
         return product
+
+
+def _pieces(rows: int) -> list[int]:
+    """How many of so many rows are multiplied at a time."""
+    pieces = []
+    for piece in PIECES:
+        pieces += [piece] * (rows // piece)
+        rows %= piece
+    return [*pieces, rows] if rows else pieces
 
 
 _used = threading.local()

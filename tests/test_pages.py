@@ -90,3 +90,17 @@ for _ in range(100):
     enlarge(layer)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")
+def test_what_is_packed_stays_where_it_is_and_what_it_is() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    weight = torch.randint(-100, 100, (2048, 2 * LARGE_PAGE // 2048), dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    model.weight = nn.Parameter(packed, requires_grad=False)
+    address = torch.ops.mkldnn.data_ptr(packed)
+
+    enlarge(model)
+
+    assert torch.ops.mkldnn.data_ptr(model.weight) == address
+    assert torch.equal(model.weight.to_dense().mT, weight)

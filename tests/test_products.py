@@ -55,6 +55,21 @@ def linear(outs: int = 96, ins: int = 64, dtype: torch.dtype = torch.bfloat16) -
     return nn.Linear(ins, outs, bias=False, dtype=dtype)
 
 
+def shrunk(module: nn.Linear, dtype: torch.dtype = torch.bfloat16, packs: bool = True) -> Any:
+    """As torch keeps it if not `packs`: beside a table of the same rows, which are no multiple of
+    what oneDNN packs.
+    """
+    parts: list[nn.Module] = [module]
+    if not packs:
+        assert module.out_features % products.GROUP[0]
+        table = nn.Embedding(1, 1)
+        table.weight = module.weight
+        parts.append(table)
+    shrink(nn.ModuleList(parts), dtype)
+    assert module.weight.is_mkldnn == packs
+    return module
+
+
 def error(found: torch.Tensor, true: torch.Tensor) -> float:
     """The largest difference, against the largest value."""
     return ((found.float() - true.float()).abs().max() / true.float().abs().max()).item()
@@ -137,23 +152,85 @@ def test_in_float32_nothing_is_changed() -> None:
     assert [type(module) for module in model.modules()] == before
 
 
+needs_packing = pytest.mark.skipif(not products._packs(), reason="needs oneDNN's exact int8")
+PACKS = (False, pytest.param(True, marks=needs_packing))
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_shrunk_product_is_that_of_its_int8(rows: int, dtype: torch.dtype) -> None:
-    """By either of its ways, exactly the int8 weights times their scales."""
+@pytest.mark.parametrize("packs", PACKS)
+def test_a_shrunk_product_is_that_of_its_int8(rows: int, dtype: torch.dtype, packs: bool) -> None:
+    """By each of its ways, the int8 weights times their scales; packed, x has two bytes."""
     module, x = linear(dtype=dtype), torch.randn(1, rows, 64, dtype=dtype)
-    shrink(module, dtype)
+    narrow, _ = products._narrowed(module.weight, dtype)
+    shrunk(module, dtype, packs)
     assert module.weight.dtype == torch.int8
-    expected = functional.linear(x.float(), module.weight.float() * module.scale[:, None].float())
+    expected = functional.linear(x.float(), narrow.float() * module.scale[:, None].float())
     found = module(x)
     assert (found.dtype, found.shape) == (dtype, expected.shape)
-    assert error(found, expected) < (1e-6 if dtype == torch.float32 else 8e-3)
+    most = 1e-4 if packs else 1e-6
+    assert error(found, expected) < (most if dtype == torch.float32 else 8e-3)
+
+
+@needs_packing
+@pytest.mark.parametrize("rows", [0, 1, 127, 128, 129, 257, 512, 641, 1024])
+def test_packed_rows_come_in_pieces_and_in_their_order(rows: int) -> None:
+    """A row is the same whatever is beside it, and no two have the same step."""
+    module = shrunk(linear(dtype=torch.float32), torch.float32)
+    x = torch.randn(rows, 64) * torch.logspace(-20, 20, rows)[:, None]
+    found = module(x)
+    assert found.shape == (rows, 96)
+    assert all(torch.equal(found[n], module(x[n])) for n in range(0, rows, 50))
+
+
+@needs_packing
+def test_one_large_value_leaves_the_small_ones() -> None:
+    """As trained models have them; with one byte for each value these would be gone."""
+    module = linear(dtype=torch.float32)
+    module.weight[:, 0] = 0
+    x = torch.full((3, 64), 0.5)
+    x[:, 0] = 100
+    true = functional.linear(x, module.weight)
+    assert error(shrunk(module, torch.float32)(x), true) < 0.02
+
+
+@needs_packing
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_stays_visible_and_in_its_row(value: float) -> None:
+    module, x = shrunk(linear()), torch.zeros(3, 64, dtype=torch.bfloat16)
+    x[1, 5] = value
+    found = module(x)
+    assert found[1].isnan().all()
+    assert not found[[0, 2]].any()
+
+
+@needs_packing
+def test_the_largest_sums_are_exact() -> None:
+    module = linear(ins=9216, dtype=torch.float32)
+    module.weight[:] = -127
+    found = shrunk(module, torch.float32)(torch.full((1, 9216), -127.0))
+    assert torch.equal(found, torch.full((1, 96), 127.0**2 * 9216))
+
+
+@needs_packing
+def test_a_packed_weight_is_there_once() -> None:
+    """Rows are looked up where oneDNN keeps them, and those of a table alone are not arranged."""
+    head, table, alone = linear(128), nn.Embedding(128, 64), nn.Embedding(128, 64)
+    true = head.weight.clone()
+    table.weight = head.weight
+    shrink(nn.ModuleList([head, table, alone]), torch.bfloat16)
+    assert head.weight is table.weight
+    start = torch.ops.mkldnn.data_ptr(head.weight)
+    assert start == table.table.data_ptr()
+    assert torch.ops.mkldnn._nbytes(head.weight) <= true.numel() + 16 * len(true)
+    assert not alone.weight.is_mkldnn
+    ids = torch.randint(128, (2, 70))
+    assert error(table(ids), true[ids]) < 0.01
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_few_rows_read_int8_and_many_are_widened(rows: int) -> None:
-    module = linear()
-    shrink(module, torch.bfloat16)
+    module = shrunk(linear(), packs=False)
     with Calls() as calls:
         module(torch.randn(1, rows, 64, dtype=torch.bfloat16))
     packed = "_weight_int8pack_mm" in calls.names
@@ -164,7 +241,7 @@ def test_many_rows_go_through_blocks() -> None:
     """Of which the last is smaller; all come in their order."""
     module, x = linear(WIDE // 64 + 5, dtype=torch.float32), torch.randn(FEW + 1, 64)
     true = functional.linear(x, module.weight)
-    shrink(module, torch.float32)
+    shrunk(module, torch.float32, packs=False)
     assert error(module(x), true) < 0.01
     assert error(module(x[:1]), true[:1]) < 0.01
 
@@ -173,9 +250,7 @@ def test_many_rows_are_multiplied_in_memory_that_was_used_before() -> None:
     """By weights of another shape or dtype too, and in either of torch's modes without gradients;
     what was computed is not overwritten.
     """
-    wide, narrow = linear(192, 64), linear(32, 96)
-    for module in (wide, narrow):
-        shrink(module, torch.bfloat16)
+    wide, narrow = shrunk(linear(200, 64), packs=False), shrunk(linear(32, 96), packs=False)
     x, y = (torch.randn(FEW + 1, size, dtype=torch.bfloat16) for size in (64, 96))
     with torch.inference_mode():
         first = wide(x)
@@ -190,8 +265,7 @@ def test_many_rows_are_multiplied_in_memory_that_was_used_before() -> None:
 
 
 def test_threads_do_not_share_that_memory() -> None:
-    module = linear(512, 64)
-    shrink(module, torch.bfloat16)
+    module = shrunk(linear(520, 64), packs=False)
     rows = [torch.randn(FEW + 1 + n, 64, dtype=torch.bfloat16) for n in range(8)]
     alone = [module(x) for x in rows]
     both = threading.Barrier(2)
@@ -214,7 +288,7 @@ def test_an_int8_weight_is_within_half_a_step() -> None:
     module = linear(dtype=torch.float32)
     module.weight[3] = 0
     true = module.weight.clone()
-    shrink(module, torch.float32)
+    shrunk(module, torch.float32, packs=False)
     steps = true.abs().amax(1, keepdim=True) / 127
     off = (module.weight.float() * module.scale[:, None] - true).abs()
     assert (off <= steps * 0.5001).all()
