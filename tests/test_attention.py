@@ -13,8 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, ParameterError
 from gemma2_stream.attention import SMALL, grouped_attention, prefer_grouped
-from gemma2_stream.batch import _CACHE_NAME
-from gemma2_stream.kv import KVCache, KVLayer, with_room
+from gemma2_stream.kv import CACHE_NAME, KVCache, KVLayer, with_room
 
 
 def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torch.Tensor:
@@ -30,7 +29,7 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int])
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, start:end],
                     use_cache=True,
-                    **{_CACHE_NAME: cache},
+                    **{CACHE_NAME: cache},
                 ).logits
             )
         start = end
