@@ -488,6 +488,14 @@ def test_closing_a_stream_closes_its_connection() -> None:
         assert wire.left.wait(30)
 
 
+def test_closing_a_stream_ends_what_the_server_still_sends() -> None:
+    """Which is more than lies between the two, so that it would wait for its reader."""
+    with Wire([HEAD, text("Hel"), *[text("lo" * 50_000)] * 200]) as wire:
+        pieces = wire.model().stream("Hi")
+        assert next(pieces) == "Hel"
+        pieces.close()
+
+
 def test_dropping_a_stream_closes_its_connection() -> None:
     with Wire([HEAD, text("Hel"), threading.Event()]) as wire:
         stream = wire.model().engine.submit([Request((2, 3), SamplingParams())])
