@@ -23,10 +23,11 @@ on the same prompt, one after the other. Intervals are a 95 % bootstrap of the m
                  read as text and encoded again, as any caller's history is. The model can only say
                  words (`say_only`), which text keeps, as it keeps what a trained model says. Only
                  the engine with the cache takes the earlier turns; the other needs none of them.
-    no match     The cache holds the conversations before it, and stores what it sees. Beyond the
-                 template's first four tokens they have nothing in common. One engine, which has
-                 its cache or one of 0 bytes: with, without, without, with, or the other way round,
-                 and a ratio is that of the two sums, so that what drifts does so for both.
+    no match     The cache holds the conversations before it, and stores what it sees. The prompts
+                 are words alone: a turn begins with the template, four tokens to be found. One
+                 engine, which has its cache or one of 0 bytes: with, without, without, with, or
+                 the other way round, and a ratio is that of the two sums, so that what drifts does
+                 so for both.
     shared       Counted twice: `cached_tokens` of the usage, and all ids in forwards.
                  Answers have one token, so that all of it is prefill.
 
@@ -173,7 +174,7 @@ def no_match(bench: Bench, options: argparse.Namespace) -> Result:
         order = bench.draw.sample(list(caches), 2)
         found: dict[str, list[Result]] = {name: [] for name in caches}
         for names in (order, order[::-1]):
-            ids = bench.encode(said(bench.words(FRESH)))
+            ids = bench.draw.choices(bench.vocabulary, k=FRESH)
             for name in names:
                 bench.engine.prefixes = caches[name]
                 found[name].append(ask(bench.engine, ids, FRESH_ANSWER))
