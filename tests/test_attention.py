@@ -101,6 +101,13 @@ def test_the_room_behind_the_tokens_is_read_and_weighs_nothing(new: int) -> None
     assert torch.allclose(ours, theirs, atol=0.02)
 
 
+def test_every_bfloat16_has_the_same_tanh() -> None:
+    """Computed in float32 and rounded, as the scores are."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    theirs, ours = every.tanh(), every.float().tanh().to(torch.bfloat16)
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
 def test_room_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or zero times what is there would be no number. New memory is NaN here."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
