@@ -1,7 +1,7 @@
 """One of several that a benchmark compares, each in a process of its own.
 
-    arm = Arm("exact", [sys.executable, __file__, "--work", "exact"])     # waits until it has loaded
-    arm.run(prompt)                                                     # what it tells of a prompt
+    arm = Arm("exact", [sys.executable, __file__, "--work", "exact"])  # waits until it has loaded
+    arm.run(prompt)                                                  # what it tells of a prompt
     arm.close()
 
 The process prints lines of JSON: `load_s`, and then an object for every line of JSON on its stdin.
