@@ -24,8 +24,8 @@ INSTALL = $(PIP) install $(PIP_OPTIONS) --no-compile -c $(CONSTRAINTS)
 # What pip collects, installs or cannot reconcile, without the rest; warnings and errors stay.
 BRIEFLY := | { grep --line-buffered -E '^(Collecting|Installing|The conflict|    .* (depends|requested))' || true; }
 
-# What they share, and the sides of others that run elsewhere, are no benchmarks.
-SHARED := report schemas stack texts
+# What they share, and the sides of others that run elsewhere, are no benchmarks; gpu needs a GPU.
+SHARED := arm gpu report schemas stack texts
 BENCHMARKS := $(filter-out $(SHARED:%=benchmarks/%.py) %_worker.py,$(wildcard benchmarks/*.py))
 VLLM := .venv-vllm
 

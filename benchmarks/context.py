@@ -44,8 +44,7 @@ from report import (
 from stack import as_loaded, random_stack
 from transformers import DynamicCache
 
-from gemma2_stream.batch import _CACHE_NAME
-from gemma2_stream.kv import KVCache
+from gemma2_stream.kv import CACHE_NAME, KVCache
 
 CONTEXTS = (100, 1_000, 4_000)
 GOAL = 1.3  # times, of the step at the first
@@ -63,7 +62,7 @@ def step(model: Any, cache: DynamicCache) -> float:
     """Seconds to feed one token."""
     began = time.perf_counter()
     with torch.no_grad():
-        model(input_ids=torch.tensor([[1000]]), use_cache=True, **{_CACHE_NAME: cache})
+        model(input_ids=torch.tensor([[1000]]), use_cache=True, **{CACHE_NAME: cache})
     took = time.perf_counter() - began
     cache.crop(-1)
     return took

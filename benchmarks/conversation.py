@@ -17,15 +17,17 @@ every answer. And a cache that nobody hits must not cost those who have nothing 
 
 How: Engines on the same weights, one with the prefix cache as it is by default, and others with
 `prefix_cache_bytes=0`, each made for what it is asked and closed: a user has one engine, and OpenMP
-threads of two hinder each other. Only for what nothing matches is there one that stays, so that
-both are hindered alike. They take turns, in random order, and ratios are between the two on the
-same prompt, one after the other. Intervals are a 95 % bootstrap of the median ratio.
+threads of two hinder each other. They take turns, in random order, and ratios are between the two
+on the same prompt, one after the other. Intervals are a 95 % bootstrap of the median ratio.
     history      What the user says is random words; what the model says is its own greedy answer,
                  read as text and encoded again, as any caller's history is. The model can only say
                  words (`say_only`), which text keeps, as it keeps what a trained model says. Only
                  the engine with the cache takes the earlier turns; the other needs none of them.
-    no match     The cache holds the conversations before it, and stores what it sees. Beyond the
-                 template's first four tokens they have nothing in common.
+    no match     The cache holds the conversations before it, and stores what it sees. The prompts
+                 are words alone: a turn begins with the template, four tokens to be found. One
+                 engine, which has its cache or one of 0 bytes: with, without, without, with, or
+                 the other way round, and a ratio is that of the two sums, so that what drifts does
+                 so for both.
     shared       Counted twice: `cached_tokens` of the usage, and all ids in forwards.
                  Answers have one token, so that all of it is prefill.
 
@@ -71,11 +73,12 @@ from stack import engine_of, speaking_stack, words
 from texts import load_tokenizer
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
+from gemma2_stream.prefixes import PrefixCache
 
 SOONER_GOAL = 20.0  # times sooner, with 1,500 tokens of history
 NO_SLOWER_GOAL = 1.02  # of the time without a cache, when nothing matches
 HISTORY, ANSWER, QUESTION = 1_500, 40, 20  # tokens in all, of the answer in it, and asked then
-FRESH, FRESH_ANSWER = 256, 8  # tokens of a prompt that nothing begins like, and of its answer
+FRESH, FRESH_ANSWER = 100, 4  # tokens of a prompt that nothing begins like, and of its answer
 SYSTEM, CONVERSATIONS = 1_000, 8
 TURN, TURN_ANSWER = 100, 24  # tokens said by each side in the ten turns
 
@@ -98,11 +101,9 @@ class Bench:
     def encode(self, text: str) -> list[int]:
         return self.engine.encode(text, raw=True)
 
-    def both(
-        self, text: str, tokens: int = 1, other: Gemma2Engine | None = None
-    ) -> dict[str, Result]:
-        """What `ask` finds with the cache, and without it for one token by an engine of its own,
-        or for as many by the `other`; in random order.
+    def both(self, text: str, tokens: int = 1) -> dict[str, Result]:
+        """What `ask` finds with the cache, and without it for one token by an engine of its own;
+        in random order.
         """
         ids, order = self.encode(text), [WITH, WITHOUT]
         self.draw.shuffle(order)
@@ -110,8 +111,6 @@ class Bench:
         for name in order:
             if name == WITH:
                 found[name] = ask(self.engine, ids, tokens)
-            elif other:
-                found[name] = ask(other, ids, tokens)
             else:
                 with self.bare() as bare:
                     found[name] = ask(bare, ids, 1)
@@ -168,18 +167,30 @@ def second_turn(bench: Bench, options: argparse.Namespace) -> Result:
 
 
 def no_match(bench: Bench, options: argparse.Namespace) -> Result:
-    pairs = []
-    with bench.bare() as other:
-        ask(other, bench.encode(said(bench.words(QUESTION))), 1)  # it has its threads from now on
-        for number in range(options.fresh_rounds):
-            say(f"no match: round {number + 1} of {options.fresh_rounds}")
-            pairs.append(bench.both(said(bench.words(FRESH)), FRESH_ANSWER, other))
+    rounds = []
+    caches = {WITH: bench.engine.prefixes, WITHOUT: PrefixCache(0)}
+    for number in range(options.fresh_rounds):
+        say(f"no match: round {number + 1} of {options.fresh_rounds}")
+        order = bench.draw.sample(list(caches), 2)
+        found: dict[str, list[Result]] = {name: [] for name in caches}
+        for names in (order, order[::-1]):
+            ids = bench.draw.choices(bench.vocabulary, k=FRESH)
+            for name in names:
+                bench.engine.prefixes = caches[name]
+                found[name].append(ask(bench.engine, ids, FRESH_ANSWER))
+        rounds.append({name: means(asked) for name, asked in found.items()})
+    bench.engine.prefixes = caches[WITH]
     return {
-        "rounds": len(pairs),
-        "cached": max(pair[WITH]["cached"] for pair in pairs),
-        **{what: medians(pairs, what) for what in ("first", "last")},
-        "ratio": {what: ratios(pairs, what, WITH, WITHOUT) for what in ("first", "last")},
+        "rounds": len(rounds),
+        "cached": max(pair[WITH]["cached"] for pair in rounds),
+        **{what: medians(rounds, what) for what in ("first", "last")},
+        "ratio": {what: ratios(rounds, what, WITH, WITHOUT) for what in ("first", "last")},
     }
+
+
+def means(asked: Sequence[Result]) -> Result:
+    keys = ("first", "last", "cached")
+    return {key: statistics.mean(each[key] for each in asked) for key in keys}
 
 
 @contextmanager
@@ -351,7 +362,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=8, help="of 26")
     parser.add_argument("--rounds", type=int, default=3, help="of the second turn")
-    parser.add_argument("--fresh-rounds", type=int, default=10, help="of what nothing matches")
+    parser.add_argument("--fresh-rounds", type=int, default=20, help="of what nothing matches")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--plot", metavar="FILE.svg")
     parser.add_argument(

@@ -41,7 +41,6 @@ import functools
 import gc
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +50,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from arm import Arm
 from report import (
     OURS,
     RIVAL,
@@ -136,37 +136,6 @@ def loaded(arm: str, folder: str, tokens: int) -> tuple[Any, Callable[[list[int]
 
 
 # Speed ---------------------------------------------------------------------------------------
-
-
-class Arm:
-    """A process that waits for prompts."""
-
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name = name
-        self.runs: list[Result] = []
-        say(f"{name}: loading")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr, text=True
-        )
-        self.load_s = self._told()["load_s"]
-
-    def _told(self) -> Result:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}")
-        return dict(json.loads(line))
-
-    def run(self, prompt: list[int]) -> Result:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(prompt) + "\n")
-        self._process.stdin.flush()
-        return self._told()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def speed(options: argparse.Namespace) -> Result:

@@ -62,12 +62,19 @@ def _attend(
     scores = _scores(queries, key).view(rows, shared, heads // shared, new, -1)
     scores *= scaling
     if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap)
+        _tanh_(scores.div_(softcap)).mul_(softcap)
     if attention_mask is not None:
         scores += attention_mask[:, :, None]
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     output = _weighted(weights.view(rows, shared, heads // shared * new, -1), value)
     return output.view(rows, heads, new, size).transpose(1, 2).contiguous()
+
+
+def _tanh_(scores: torch.Tensor) -> torch.Tensor:
+    """In place; torch's own for bfloat16 on a CPU takes twice as long for the same bits."""
+    if scores.dtype == torch.bfloat16 and scores.device.type == "cpu":
+        return scores.copy_(scores.float().tanh_())
+    return scores.tanh_()
 
 
 def _copies(queries: torch.Tensor) -> bool:

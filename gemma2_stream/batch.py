@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import (
     GenerationConfig,
-    GenerationMixin,
     LogitsProcessorList,
     StaticCache,
     StoppingCriteriaList,
 )
 from transformers.cache_utils import Cache
 
-from .kv import KVCache, States, part
+from .kv import CACHE_NAME, KVCache, States, part
 from .sampling import RowLogits
 from .streamer import Row, TokenStreamer
 
@@ -32,10 +31,6 @@ if TYPE_CHECKING:
 # Prompt tokens in one forward of the prefill, of all rows together. Half as many take a quarter
 # longer, twice as many no less, and others wait for them; a cancel is seen between layers.
 PREFILL_CHUNK = 1024
-
-# transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
-_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-_CACHE_NAME = "cache" if _RENAMED else "past_key_values"
 
 
 class Cancelled(BaseException):
@@ -130,7 +125,7 @@ class Batch:
                 attention_mask=mask[:, :end],
                 position_ids=positions[:, start:end],
                 use_cache=True,
-                **{_CACHE_NAME: self.cache},
+                **{CACHE_NAME: self.cache},
             )
         self.pending -= end - start
 
@@ -161,7 +156,7 @@ class Batch:
             self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                **{_CACHE_NAME: self.cache},
+                **{CACHE_NAME: self.cache},
                 generation_config=config,
                 logits_processor=LogitsProcessorList([logits] if logits.needed else []),
                 stopping_criteria=StoppingCriteriaList([streamer]),
@@ -247,7 +242,7 @@ def feed(model: Any, cache: Cache, ids: Sequence[int], count: int) -> torch.Tens
     """Feed `ids` of a lone row behind what `cache` holds. The logits at the last `count` of them,
     of shape (count, vocabulary), in float32.
     """
-    options: dict[str, Any] = {_CACHE_NAME: cache, "use_cache": True}
+    options: dict[str, Any] = {CACHE_NAME: cache, "use_cache": True}
     if len(ids) > count and "logits_to_keep" in inspect.signature(model.forward).parameters:
         options["logits_to_keep"] = count
     device = model.get_input_embeddings().weight.device

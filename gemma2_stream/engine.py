@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig
 
 from .detokenizer import detokenizer_for
 from .errors import (
@@ -27,7 +27,7 @@ from .errors import (
     Gemma2StreamError,
     ParameterError,
 )
-from .generation import defaults_of, end_ids
+from .generation import defaults_of, end_ids, path_of
 from .grammar import Grammars
 from .kv import can_join, token_bytes
 from .prefixes import PrefixCache
@@ -35,6 +35,7 @@ from .prompt import PromptEncoder
 from .resident import Resident
 from .scheduler import Limits, Scheduler, free_bytes
 from .speculation import Assistant, Drafter, Lookup
+from .static import compile_ahead, static_cache_for
 from .stream import Channel, TokenStream
 from .streamer import Row
 from .types import (
@@ -81,9 +82,10 @@ class Gemma2Engine(Resident):
     float32 no token changes; below it a forward of several tokens rounds differently, as one of
     several rows does, which can turn a near tie or a draw.
 
-    With a `static_cache`, keys and values have one place of the whole context length, from the
-    first request until `close`, for which `generate` compiles by itself on CUDA. Requests are
-    decoded one after the other, and nothing is kept between them.
+    With a `static_cache`, keys and values have one place of the whole context length until `close`,
+    for which `generate` compiles by itself on CUDA: here and now, a minute or less. Requests are
+    decoded one after the other, and nothing is kept between them. Raises ParameterError where
+    nothing can be compiled.
     """
 
     def __init__(
@@ -109,8 +111,7 @@ class Gemma2Engine(Resident):
         }
         check_options(options)
         if static_cache:
-            check_static(options, None if assistant is None else _path(assistant))
-            _check_places(model)
+            check_static(options, None if assistant is None else path_of(assistant))
             max_rows, prefix_cache_bytes = 1, 0
         _check_fast(tokenizer)
         super().__init__(name or model.config._name_or_path or f"unnamed-{uuid.uuid4().hex}")
@@ -138,12 +139,7 @@ class Gemma2Engine(Resident):
             token_bytes=each,
             join=can_join(model.config) and not static_cache,
         )
-        # Any other length would be compiled for anew, in the middle of an answer.
-        self._cache = (
-            StaticCache(config=model.config, max_cache_len=self.context_length)
-            if static_cache
-            else None
-        )
+        self._cache = static_cache_for(model) if static_cache else None
         self.assistant = assistant
         self._drafters = _drafters(model, assistant, prompt_lookup_num_tokens)
         self._jobs: _Jobs = queue.SimpleQueue()
@@ -154,6 +150,9 @@ class Gemma2Engine(Resident):
         # is garbage; this is what ends its thread then.
         weakref.finalize(self, self._jobs.put, None).atexit = False
         _open_engines.add(self)
+        self._compiled = self._cache is None
+        if not self._compiled:
+            self._compile()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"on {self.device}"
@@ -175,6 +174,15 @@ class Gemma2Engine(Resident):
     def tokenize(self, text: str) -> list[int]:
         """The ids of plain text: no BOS, no turns, no control tokens."""
         return self._encoder.text(text)
+
+    def _compile(self) -> None:
+        """Wait until the worker has compiled, and nobody will have to. Raises what it raised."""
+        try:
+            for _ in self.submit([]):
+                pass
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, requests: Sequence[Request]) -> TokenStream:
         """Queue `requests`, to be decoded together, and return at once. From any thread.
@@ -275,6 +283,15 @@ class Gemma2Engine(Resident):
 
     def _serve(self, channels: Sequence[Channel]) -> None:
         """Serve `channels` and whatever comes while they are served, on the worker."""
+        if self._cache is not None and not self._compiled:
+            try:
+                compile_ahead(self.model, self._cache, self._config)
+            except Exception as error:
+                for channel in channels:
+                    channel.fail(error)
+                    self._left(channel)
+                return
+            self._compiled = True
         Scheduler(
             self.model,
             self.tokenizer,
@@ -349,7 +366,7 @@ def _drafters(model: Any, assistant: Any, tokens: int | None) -> list[Drafter]:
         ours, theirs = (each.get_input_embeddings().num_embeddings for each in (model, assistant))
         if ours != theirs:
             raise ParameterError(
-                f"assistant={_path(assistant)!r} has a vocabulary of {theirs:,} tokens and the "
+                f"assistant={path_of(assistant)!r} has a vocabulary of {theirs:,} tokens and the "
                 f"model one of {ours:,}, and one must be able to read the other: give a smaller "
                 "model of the same family"
             )
@@ -357,7 +374,7 @@ def _drafters(model: Any, assistant: Any, tokens: int | None) -> list[Drafter]:
     for each in (model, assistant) if drafters else ():
         if each is not None and not can_join(each.config):
             raise ParameterError(
-                f"{_path(each)!r} has layers that can't take back what they have read, as "
+                f"{path_of(each)!r} has layers that can't take back what they have read, as "
                 "speculation must: leave out assistant and prompt_lookup_num_tokens"
             )
     return drafters
@@ -369,20 +386,6 @@ def _check_fast(tokenizer: Any) -> None:
             f"tokenizer={type(tokenizer).__name__} is not a fast tokenizer: load it with "
             "AutoTokenizer from a folder that has tokenizer.json"
         )
-
-
-def _check_places(model: Any) -> None:
-    """Raises ParameterError for weights in places that `generate` compiles nothing for."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if "disk" in places or {"cpu"} < places:
-        raise ParameterError(
-            f"{_path(model)!r} lies in part outside the GPU ({', '.join(sorted(places))}), and "
-            "nothing is compiled then: leave out static_cache, which is preset='speed' on a GPU"
-        )
-
-
-def _path(model: Any) -> object:
-    return model.config._name_or_path or type(model).__name__
 
 
 def _greedy(model: Any, tokenizer: Any) -> GenerationConfig:

@@ -26,3 +26,8 @@ def end_ids(config: Any, tokenizer: Any) -> list[int]:
     ids = {tokenizer.eos_token_id, tokenizer.backend_tokenizer.token_to_id("<end_of_turn>")}
     ids |= set(listed) if isinstance(listed, Iterable) else {listed}
     return sorted(ids - {None})
+
+
+def path_of(model: Any) -> str:
+    """Where its checkpoint is, or what it is."""
+    return str(model.config._name_or_path or type(model).__name__)

@@ -5,12 +5,17 @@ Knows torch and transformers' cache; nothing of requests.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+# transformers 5.24 renamed it, for all models: a model's own `forward` may be `*args, **kwargs`.
+_RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if _RENAMED else "past_key_values"
 
 States = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of some tokens of one row: a pair a layer, each (heads, tokens, head size)."""
@@ -102,7 +107,17 @@ def with_room(states: torch.Tensor) -> torch.Tensor:
     return buffer
 
 
-class KVCache(DynamicCache):
+class SteppedCache(DynamicCache):
+    """A cache with which `generate` asks whether it is over before it goes on: for Apple's GPUs
+    transformers 5.24 asks one forward later, and takes back what that has left in a cache of which
+    it may. Nor does it compile for this one.
+    """
+
+    is_croppable = False
+    is_compileable = False
+
+
+class KVCache(SteppedCache):
     """A `KVLayer` for every layer, sliding windows too: what is cut off can't be gone back to."""
 
     layers: list[Any]

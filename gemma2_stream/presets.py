@@ -39,6 +39,10 @@ def choose(
     if device != "cpu":
         if asked == "speed":
             return _speed(device, quantized)
+        if device == "cuda":
+            return Choice(
+                "exact", "many requests at once; 'speed' takes one at a time, and is faster"
+            )
         return Choice("exact", f"nothing faster was measured by us for {device!r}")
     if quantized:
         return Choice("exact", "quantized weights come with products of their own")
@@ -60,7 +64,9 @@ def _speed(device: str, quantized: bool) -> Choice:
         return Choice("exact", "not all quantized weights can be compiled for")
     if find_spec("triton") is None:
         raise ParameterError("preset='speed' needs triton for weights on a GPU: pip install triton")
-    return Choice("speed", "a static cache and CUDA graphs by transformers; not measured by us")
+    return Choice(
+        "speed", "a static cache and CUDA graphs by transformers, for one request at a time"
+    )
 
 
 def _memory(device: str, quantized: bool) -> Choice:
@@ -79,7 +85,7 @@ def _memory(device: str, quantized: bool) -> Choice:
         raise ParameterError(
             "preset='memory' needs bitsandbytes for weights on a GPU: pip install bitsandbytes"
         )
-    return Choice("memory", "weights in 4 bits (NF4) by bitsandbytes; not measured by us")
+    return Choice("memory", "weights in 4 bits (NF4) by bitsandbytes")
 
 
 def bytes_each(choice: Choice, *, device: str, dtype: str) -> float:

@@ -17,11 +17,11 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from .batch import PREFILL_CHUNK, Batch, Cancelled
-from .kv import KVCache, States
+from .kv import KVCache, States, SteppedCache
 from .prefixes import PrefixCache, common_length
 from .speculation import Drafter
 from .stream import Channel
@@ -89,7 +89,7 @@ class Scheduler:
         def make_cache() -> Cache:
             if cache is not None:
                 return cache
-            return KVCache() if limits.join else DynamicCache(config=model.config)
+            return KVCache() if limits.join else SteppedCache(config=model.config)
 
         self._joining = Batch(model, tokenizer, make_cache, drafters)
         self._decoding = Batch(model, tokenizer, make_cache, drafters)

@@ -123,8 +123,12 @@ class _Driver:
                 object_store_memory=100 * 2**20,
                 _node_ip_address="127.0.0.1",
             )
-        serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "EveryNode"})
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+        options = {"host": "127.0.0.1", "port": port, "location": "EveryNode"}
+        with contextlib.suppress(TimeoutError):  # of a minute, which a busy machine may need
+            serve.start(http_options=options)
+        while {*serve.status().proxies.values()} != {"HEALTHY"}:
+            time.sleep(0.1)
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=None)
 
     def told(self, version: int = 0, **options: Any) -> None:
         from ray import serve
@@ -245,6 +249,11 @@ def cluster(*within: str, **start: Any) -> Iterator[RayCluster]:
         "RAY_AUTH_TOKEN": "a-token-of-this-test-alone-0123456789",
         "RAY_TMPDIR": str(folder),
         "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+        # On a busy machine a proxy is slow, not broken, and so is a replica that is asked how
+        # full it is: sessions would leave it.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "300",
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "300",
+        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "300",
         "OMP_NUM_THREADS": "1",
     }
     log = folder / "driver.log"

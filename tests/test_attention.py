@@ -13,8 +13,7 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM, ParameterError
 from gemma2_stream.attention import SMALL, grouped_attention, prefer_grouped
-from gemma2_stream.batch import _CACHE_NAME
-from gemma2_stream.kv import KVCache, KVLayer, with_room
+from gemma2_stream.kv import CACHE_NAME, KVCache, KVLayer, with_room
 
 
 def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int]) -> torch.Tensor:
@@ -30,7 +29,7 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, chunks: list[int])
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, start:end],
                     use_cache=True,
-                    **{_CACHE_NAME: cache},
+                    **{CACHE_NAME: cache},
                 ).logits
             )
         start = end
@@ -100,6 +99,13 @@ def test_the_room_behind_the_tokens_is_read_and_weighs_nothing(new: int) -> None
     theirs, _ = eager_attention_forward(module, query, *states, mask, scaling=0.25, softcap=5.0)
     ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.25, softcap=5.0)
     assert torch.allclose(ours, theirs, atol=0.02)
+
+
+def test_every_bfloat16_has_the_same_tanh() -> None:
+    """Computed in float32 and rounded, as the scores are."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    theirs, ours = every.tanh(), every.float().tanh().to(torch.bfloat16)
+    assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
 def test_room_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:

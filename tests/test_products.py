@@ -106,6 +106,7 @@ def test_few_rows_are_arranged_instead_of_the_weight(rows: int, product: str) ->
         found = module(x)
     assert {"mv", "matmul", "linear"} & {*calls.names} == {product}
     assert found.shape == expected.shape
+    assert found.is_contiguous()
     assert error(found, expected) < 5e-3
 
 
@@ -120,6 +121,14 @@ def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...]) -> None:
     assert type(mlp) is FusedMLP
     assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
     assert error(found, expected) < 0.02
+
+
+def test_an_mlp_of_few_rows_turns_them_once() -> None:
+    mlp = random_gemma(vocab=320).bfloat16().model.layers[0].mlp
+    hasten(mlp)
+    with Calls() as calls:
+        mlp(torch.randn(1, 3, 64).bfloat16())
+    assert calls.names.count("contiguous") == 1
 
 
 def test_an_mlp_with_another_activation_is_not_fused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,9 +154,10 @@ def test_an_answer_up_to_the_end_of_the_context(gemma_tokenizer: Any) -> None:
         assert last.finish_reason == "length"
 
 
-def test_generate_compiles_for_it_once(gemma_tokenizer: Any) -> None:
-    """Where `generate` may compile on a CPU, by transformers' own switch for tests: all of it in
-    one graph, and the next request finds it.
+@pytest.fixture
+def compiling() -> Iterator[Gemma2ForCausalLM]:
+    """A model for which `generate` may compile on a CPU, by transformers' own switch for tests: all
+    of it in one graph.
     """
     model = random_gemma()
     model.config.max_position_embeddings = CONTEXT
@@ -163,20 +165,46 @@ def test_generate_compiles_for_it_once(gemma_tokenizer: Any) -> None:
     config = CompileConfig(fullgraph=True, mode="default", backend="eager")
     config._compile_all_devices = True  # type: ignore[assignment]  # untyped in transformers
     model.generation_config.compile_config = config
-    compiled = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
-    compiled.clear()
-    with Gemma2Engine(model, gemma_tokenizer, name="compiled", static_cache=True) as engine:
-        said = text(submit(engine, BEYOND, max_new_tokens=10))
-        text(submit(engine, SHORT, max_new_tokens=10))
+    torch._dynamo.utils.counters.clear()
+    yield model
+    torch._dynamo.reset()
+
+
+def test_all_is_compiled_before_anyone_waits(
+    gemma_tokenizer: Any, compiling: Gemma2ForCausalLM
+) -> None:
+    """No answer compiles: short or long, whichever comes first, across the window and beyond."""
+    compiled = torch._dynamo.utils.counters["stats"]
+    with Gemma2Engine(compiling, gemma_tokenizer, name="compiled", static_cache=True) as engine:
         graphs = compiled["unique_graphs"]
         assert graphs > 0
-        assert text(submit(engine, BEYOND, max_new_tokens=10)) == said
-        text(submit(engine, CHUNKS, max_new_tokens=10))
-        text(submit(engine, "Something else?", max_new_tokens=10))
+        across = text(submit(engine, SHORT, max_new_tokens=80))
+        said = text(submit(engine, BEYOND, max_new_tokens=10))
+        for prompt in ("Something else?", CHUNKS):
+            text(submit(engine, prompt, max_new_tokens=10))
+        lone = engine.submit([Request((2,), SamplingParams(max_new_tokens=10))])
+        text(lone)
         assert compiled["unique_graphs"] == graphs
-    with Gemma2Engine(model, gemma_tokenizer, name="usual") as engine:
         assert text(submit(engine, BEYOND, max_new_tokens=10)) == said
+    with Gemma2Engine(compiling, gemma_tokenizer, name="usual") as engine:
+        assert text(submit(engine, BEYOND, max_new_tokens=10)) == said
+        assert text(submit(engine, SHORT, max_new_tokens=80)) == across
+
+
+def test_what_cannot_be_compiled_is_refused(
+    gemma_tokenizer: Any, compiling: Gemma2ForCausalLM
+) -> None:
+    """As where there is no C compiler: with the reason and the repair, and no thread is left."""
+
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no C compiler was found")
+
+    compiling.generation_config.compile_config.backend = no_compiler
+    threads = set(threading.enumerate())
+    with pytest.raises(ParameterError, match=r"no C compiler was found.*leave it out"):
+        Gemma2Engine(compiling, gemma_tokenizer, name="compiled", static_cache=True)
+    assert not {t for t in threading.enumerate() if t.name == "gemma2_stream"} - threads
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -32,11 +33,18 @@ def status(code: int, body: Any = None, headers: str = "") -> bytes:
     return f"{head}Connection: close\r\nContent-Length: {len(said)}\r\n\r\n".encode() + said
 
 
+def _more(client: socket.socket) -> bytes:
+    """What comes next. Raises ConnectionError where nothing does, because the client has left."""
+    if not (more := client.recv(65536)):
+        raise ConnectionResetError("the client has left")
+    return more
+
+
 class Wire:
     """Answers each POST with the next script: bytes to send, events to wait for; then it closes.
 
     `asked` has the bodies, `heads` the headers; `left` is set when a client has closed a connection
-    at which the script waits.
+    at which the script waits. A client may leave at any point, and its script ends there.
     """
 
     def __init__(self, *scripts: list[bytes | threading.Event], models: Any = MODELS) -> None:
@@ -70,13 +78,12 @@ class Wire:
             self._threads[-1].start()
 
     def _serve(self, client: socket.socket) -> None:
-        with client:
+        # A client that leaves while bytes are on their way resets the connection.
+        with client, contextlib.suppress(ConnectionError):
             client.settimeout(30)
             got = b""
             while b"\r\n\r\n" not in got:
-                if not (more := client.recv(65536)):
-                    return
-                got += more
+                got += _more(client)
             head, _, body = got.partition(b"\r\n\r\n")
             self.heads.append(head.decode())
             if head.startswith(b"GET"):
@@ -84,12 +91,14 @@ class Wire:
                 return
             length = int(head.lower().partition(b"content-length: ")[2].split()[0])
             while len(body) < length:
-                body += client.recv(65536)
+                body += _more(client)
             self.asked.append(json.loads(body))
             for step in self.scripts.pop(0):
                 if isinstance(step, threading.Event):
                     step.set()
-                    if client.recv(1) == b"":
+                    try:
+                        _more(client)
+                    except ConnectionError:
                         self.left.set()
                     return
                 client.sendall(step)
