@@ -33,9 +33,8 @@ WIDE = 2**25
 # `_weight_int8pack_mm` reads beyond rows that are no multiple of 16, and crashes.
 MULTIPLE = 32
 
-# Rows of a packed product at a time, in this order: two halves of each, and oneDNN fills up with
-# zeros to 256, to 512, to 1024.
-PIECES = (512, 256, 128)
+# Rows of a packed product at a time: two halves of each, and oneDNN fills up with zeros to 256.
+PIECE = 128
 
 # oneDNN packs an int8 weight in groups of so many rows, and within them of so many columns.
 GROUP = (64, 4)
@@ -259,10 +258,10 @@ class Int8Linear(nn.Linear):
     scale: torch.Tensor
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, self.in_features)
         if self.weight.is_mkldnn:
-            product = self._packed(rows)
-        elif len(rows) <= FEW:
+            return self._packed(x)
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= FEW:
             product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
             blocks = torch.split(self.weight, max(1, WIDE // self.in_features))
@@ -270,24 +269,30 @@ class Int8Linear(nn.Linear):
             product = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mul_(self.scale)
         return product.view(*x.shape[:-1], self.out_features)
 
-    def _packed(self, rows: torch.Tensor) -> torch.Tensor:
-        product, scale = rows.new_empty(len(rows), self.out_features), self.scale.float()
-        pieces = _pieces(len(rows))
-        for part, into in zip(torch.split(rows, pieces), torch.split(product, pieces), strict=True):
-            halves, step = _halves(part)
-            sums = _packed_product(halves.flatten(0, 1), self.weight, scale, rows.dtype)
-            high, low = sums.view(2, len(part), -1)
+    def _packed(self, x: torch.Tensor) -> torch.Tensor:
+        product = x.new_empty(*x.shape[:-1], self.out_features)
+        for (halves, step), into in zip(_halved(x), _pieces(product), strict=True):
+            sums = _packed_product(halves.flatten(0, 1), self.weight, self.scale.float(), x.dtype)
+            high, low = sums.view(2, len(into), -1)
             torch.add(high, low, alpha=1 / 256, out=into).mul_(step)
         return product
 
 
-def _pieces(rows: int) -> list[int]:
-    """How many of so many rows are multiplied at a time."""
-    pieces = []
-    for piece in PIECES:
-        pieces += [piece] * (rows // piece)
-        rows %= piece
-    return [*pieces, rows] if rows else pieces
+def _halved(x: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The halves of each piece of `x` (..., in). Those of the tensor that this thread asked for
+    last are still there: queries, keys and values are products of one.
+    """
+    versioned = not x.is_inference()
+    known = getattr(_used, "halved", None)
+    if versioned and known is not None and known[0] is x and known[1] == x._version:
+        return known[2]  # type: ignore[no-any-return]
+    halved = [_halves(piece) for piece in _pieces(x)]
+    _used.halved = (x, x._version, halved) if versioned else None
+    return halved
+
+
+def _pieces(x: torch.Tensor) -> list[torch.Tensor]:
+    return [piece for piece in torch.split(x.reshape(-1, x.shape[-1]), PIECE) if len(piece)]
 
 
 _used = threading.local()

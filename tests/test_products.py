@@ -12,6 +12,7 @@ from tiny import random_gemma
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream import products
@@ -190,6 +191,24 @@ def test_packed_rows_come_in_pieces_and_in_their_order(rows: int) -> None:
     found = module(x)
     assert found.shape == (rows, 96)
     assert all(torch.equal(found[n], module(x[n])) for n in range(0, rows, 50))
+
+
+@needs_packing
+@pytest.mark.parametrize("inference", [False, True])
+def test_several_products_of_one_tensor_halve_it_once(inference: bool) -> None:
+    """As queries, keys and values are; but what was written into since is another. Where torch
+    counts no versions, nobody could tell.
+    """
+    first, second = (shrunk(linear(dtype=torch.float32), torch.float32) for _ in range(2))
+    with torch.inference_mode(inference), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        x = torch.randn(5, 64)
+        found = [first(x), second(x)]
+        assert torch.equal(found[0], first(x.clone()))
+        x *= 2
+        assert torch.equal(first(x), found[0] * 2)
+        assert torch.equal(second(x), found[1] * 2)
+    halved = [event for event in profiled.events() if event.name == "aten::amax"]
+    assert len(halved) == (5 if inference else 3)
 
 
 @needs_packing
