@@ -74,8 +74,9 @@ from texts import TEXTS, load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Request, SamplingParams
+from gemma2_stream.int8 import shrink
 from gemma2_stream.loading import LoadSpec, shared_engine
-from gemma2_stream.products import hasten, shrink
+from gemma2_stream.products import hasten
 
 PROMPT = 129
 PRESETS = ("exact", "speed", "memory")

@@ -249,9 +249,10 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
     import torch
 
     from .attention import prefer_grouped
+    from .int8 import shrink
     from .norms import ease
     from .pages import enlarge
-    from .products import hasten, shrink
+    from .products import hasten
 
     model, tokenizer = _read(weights)
     if device_kind(weights.device_map) == "cpu":

