@@ -404,6 +404,35 @@ def test_loading_peaks_at_little_more_than_the_weights(
     assert each <= int(done.stdout) / count < each + 0.01  # norms are not in int8
 
 
+LOAD_AND_COUNT = """
+import os, sys, time, torch
+torch.set_num_threads(2)
+from gemma2_stream.loading import LoadSpec, shared_engine
+shared_engine(LoadSpec(device_map="cpu"))  # progress bars have a thread, which stays
+before = len(os.listdir("/proc/self/task"))
+shared_engine(LoadSpec(model=sys.argv[1], preset="memory", dtype="bfloat16", device_map="cpu"))
+until = time.monotonic() + 30  # the kernel's, for a thread that has ended
+while len(os.listdir("/proc/self/task")) > before and time.monotonic() < until:
+    time.sleep(0.01)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/self/task")
+def test_shrinking_the_weights_leaves_no_thread(folder: Path) -> None:
+    """Of torch's neither: beside those of the worker there would be more than processors, and then
+    all of them sleep between operations.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_COUNT, folder],
+        env={**os.environ, "PYTHONPATH": str(DEMO.parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "0", done.stderr[-2000:]
+
+
 def test_the_demo_is_the_default(engine_of: Callable[..., Gemma2Engine]) -> None:
     """Without a model it is the checkpoint inside the package, by whichever name."""
     if not (DEMO / "config.json").is_file():
