@@ -134,7 +134,7 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
 
 def engine_of(model: Gemma2ForCausalLM, tokenizer: Any, **options: Any) -> Gemma2Engine:
     """What a user gets for these weights, with `options`."""
-    return Gemma2Engine(as_loaded(model), tokenizer, name="stack", **options)
+    return Gemma2Engine(aside(lambda: as_loaded(model)), tokenizer, name="stack", **options)
 
 
 def aside(work: Callable[[], T]) -> T:

@@ -41,11 +41,8 @@ def _gather(address: int, size: int) -> None:
 
 
 def _moved(weight: torch.Tensor) -> torch.Tensor:
-    # By numpy: torch would use OpenMP, which then keeps threads for the thread that loads, and
-    # those of the worker slow down.
-    memory = _memory(weight.nbytes)
-    memory[:] = weight.contiguous().view(-1).view(torch.uint8).numpy()
-    return torch.from_numpy(memory).view(weight.dtype).view(weight.shape)
+    memory = torch.from_numpy(_memory(weight.nbytes))
+    return memory.view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 def _memory(size: int) -> Any:
