@@ -83,7 +83,7 @@ class Gemma2Engine(Resident):
     several rows does, which can turn a near tie or a draw.
 
     With a `static_cache`, keys and values have one place of the whole context length until `close`,
-    for which `generate` compiles by itself on CUDA: here and now, a minute or less. Requests are
+    for which `generate` compiles by itself on CUDA: here and now, a minute or two. Requests are
     decoded one after the other, and nothing is kept between them. Raises ParameterError where
     nothing can be compiled.
     """
