@@ -31,7 +31,7 @@ from gemma2_stream.attention import prefer_grouped
 from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
 from gemma2_stream.presets import LARGE, choose
-from gemma2_stream.products import hasten
+from gemma2_stream.products import hasten, neighbours
 
 T = TypeVar("T")
 
@@ -128,7 +128,7 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
     if choice.preset == "speed":
         hasten(mine)
         ease(mine)
-    enlarge(mine)
+    enlarge(mine, neighbours(mine))
     return mine
 
 

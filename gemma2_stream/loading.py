@@ -257,7 +257,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
     from .int8 import shrink
     from .norms import ease
     from .pages import enlarge
-    from .products import hasten
+    from .products import hasten, neighbours
 
     model, tokenizer = _read(weights)
     if device_kind(weights.device_map) == "cpu":
@@ -267,7 +267,7 @@ def _load(weights: _Weights) -> tuple[Any, Any]:
             hasten(model)
         if weights.preset != "exact":
             ease(model)
-        enlarge(model)
+        enlarge(model, neighbours(model))
     if weights.attention is None:
         prefer_grouped(model)
     return model, tokenizer

@@ -101,6 +101,27 @@ def test_the_room_behind_the_tokens_is_read_and_weighs_nothing(new: int) -> None
     assert torch.allclose(ours, theirs, atol=0.02)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_tokens_scores_are_rounded_less_often_than_eager_s(masked: bool) -> None:
+    states = torch.randn(3, 2, 4, 300, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    query, (key, value) = states[0, :, :, :2], states[1:, :, :2]
+    mask = torch.zeros(2, 1, 2, 300, dtype=torch.bfloat16) if masked else None
+    if mask is not None:
+        mask[1, ..., :100] = torch.finfo(torch.bfloat16).min
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    options = {"scaling": 0.125, "softcap": 5.0}
+
+    def wide(tensor: torch.Tensor | None) -> Any:
+        return None if tensor is None else tensor.float()
+
+    true, _ = eager_attention_forward(module, *map(wide, (query, key, value, mask)), **options)
+    theirs, _ = eager_attention_forward(module, query, key, value, mask, **options)
+    ours, _ = grouped_attention(module, query, key, value, mask, **options)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - true).abs().mean() < 0.9 * (theirs - true).abs().mean()
+
+
 def test_every_bfloat16_has_the_same_tanh() -> None:
     """Computed in float32 and rounded, as the scores are."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import subprocess
 import sys
@@ -77,6 +78,21 @@ def test_tied_weights_stay_tied(model: nn.ModuleDict) -> None:
     assert model["first"].weight is model["second"].weight
     model["first"].weight.data[0, 0] = 7  # it can be written, too
     assert model["second"].weight[0, 0] == 7
+
+
+def test_neighbours_lie_behind_one_another_without_large_pages_too(
+    model: nn.ModuleDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere than on Linux nothing else moves."""
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    large, small = model["first"].weight, model["small"].weight
+    before = [weight.clone() for weight in (large, small)]
+    enlarge(model, [[large, small]])
+    assert large.data_ptr() + large.nbytes == small.data_ptr()
+    assert all(map(torch.equal, (large, small), before))
+    places = large.data_ptr(), small.data_ptr()
+    enlarge(model)
+    assert (large.data_ptr(), small.data_ptr()) == places
 
 
 @pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc/self/smaps")
