@@ -23,7 +23,7 @@ import openai
 import pytest
 from langchain_core.messages import HumanMessage, SystemMessage
 from pydantic import BaseModel, Field
-from serving import Serving, serving
+from serving import Serving, free_port, serving
 from tiny import DEMO
 from wire import END, HEAD, WHOLE, Wire, event, status, text
 
@@ -343,9 +343,9 @@ async def test_an_answer_that_is_cut_is_an_error_in_asyncio() -> None:
 def test_a_silent_server_is_an_error() -> None:
     """A cut link: what came is there, and the error names the parameter."""
     with Wire([HEAD, text("Hel"), threading.Event()]) as wire:
-        pieces = wire.model(read_timeout=1).stream("Hi")
+        pieces = wire.model(read_timeout=3).stream("Hi")
         assert next(pieces) == "Hel"
-        with pytest.raises(GenerationTimeoutError, match=r"silent for read_timeout=1\.0 s"):
+        with pytest.raises(GenerationTimeoutError, match=r"silent for read_timeout=3\.0 s"):
             next(pieces)
         assert wire.left.wait(30)
 
@@ -468,9 +468,7 @@ def test_a_server_without_the_model_is_told_so(models: Any, kind: Any, words: st
 
 
 def test_nobody_there_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(ServerError, match="check that a server runs there"):
+    with free_port() as port, pytest.raises(ServerError, match="check that a server runs there"):
         Gemma2LLM("m", base_url=f"http://127.0.0.1:{port}/v1", tokenizer="demo").invoke("Hi")
 
 
@@ -536,8 +534,8 @@ def test_another_thread_may_cancel() -> None:
 
 
 def test_cancelling_at_once_ends_too() -> None:
-    """Before the loop has begun with it."""
-    with Wire() as wire:
+    """Before the loop has begun with it, or a little later."""
+    with Wire(*[[threading.Event()]] * 20) as wire:
         engine = wire.model().engine
         streams = [engine.submit([Request((2, 3), SamplingParams())]) for _ in range(20)]
         for stream in streams:
@@ -547,10 +545,13 @@ def test_cancelling_at_once_ends_too() -> None:
 
 
 def test_the_callers_timeout_is_for_the_whole_answer() -> None:
-    with Wire([HEAD, text("Hel"), threading.Event()]) as wire:
-        with pytest.raises(GenerationTimeoutError, match=r"timeout=1\.0 s: raise the timeout"):
-            wire.model(timeout=1).invoke("Hi")
-        assert wire.left.wait(30)
+    """Then its connection is closed, or the wire would not end."""
+    words = r"timeout=1\.0 s: raise the timeout"
+    with (
+        Wire([HEAD, text("Hel"), threading.Event()]) as wire,
+        pytest.raises(GenerationTimeoutError, match=words),
+    ):
+        wire.model(timeout=1).invoke("Hi")
 
 
 def test_one_of_a_batch_that_fails_ends_the_others() -> None:
@@ -588,9 +589,9 @@ def test_an_engine_that_nobody_holds_leaves_no_thread() -> None:
         new = {*threading.enumerate()} - before
         (thread,) = [thread for thread in new if thread.name == "gemma2_stream"]
         del engine
-        gc.collect()
-        thread.join(30)
-        assert not thread.is_alive()
+        while thread.is_alive():  # which may itself still hold it for a moment
+            gc.collect()
+            thread.join(0.05)
 
 
 # Keys and parameters -----------------------------------------------------------------------------

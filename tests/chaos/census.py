@@ -43,6 +43,8 @@ def all_back(*engines: Gemma2Engine) -> Iterator[None]:
 
     before = settled()
     yield
+    for thread in {*threading.enumerate()} - {*before}:
+        thread.join(60)  # what it was for is over, but perhaps not its last line
     more = settled() - before
     assert not more, f"there is more than before: {more}"
 
