@@ -94,7 +94,7 @@ class Serving:
         return self.client.post("/v1/chat/completions", json=body)
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(self.address, timeout=30)
+        return socket.create_connection(self.address, timeout=60)
 
     def over(self) -> None:
         """Wait until each request so far is over: its stream closed, counted, and logged."""

@@ -186,7 +186,7 @@ class Trouble:
         with Gemma2Engine(model, tokenizer, name="demo", max_rows=1, max_waiting=1) as engine:
             request = Request(tuple(engine.encode("Hi")), SamplingParams(max_new_tokens=2))
             streams = [engine.submit([request])]
-            reached.wait(30)
+            reached.wait(60)
             try:
                 streams += [engine.submit([request]) for _ in range(2)]
             finally:

@@ -283,7 +283,7 @@ def test_notebook() -> None:
     code = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
     assert all(not cell.outputs and cell.execution_count is None for cell in code.values())
 
-    NotebookClient(notebook, timeout=60).execute()
+    NotebookClient(notebook, timeout=None, startup_timeout=100).execute()
 
     def printed(cell: str) -> list[str]:
         return [out.text for out in code[cell].outputs if out.get("name") == "stdout"]

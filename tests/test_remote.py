@@ -347,7 +347,7 @@ def test_a_silent_server_is_an_error() -> None:
         assert next(pieces) == "Hel"
         with pytest.raises(GenerationTimeoutError, match=r"silent for read_timeout=3\.0 s"):
             next(pieces)
-        assert wire.left.wait(30)
+        assert wire.left.wait(60)
 
 
 BROKEN: dict[str, list[bytes]] = {
@@ -486,7 +486,7 @@ def test_closing_a_stream_closes_its_connection() -> None:
         pieces = wire.model().stream("Hi")
         assert next(pieces) == "Hel"
         pieces.close()
-        assert wire.left.wait(30)
+        assert wire.left.wait(60)
 
 
 def test_closing_a_stream_ends_what_the_server_still_sends() -> None:
@@ -503,18 +503,18 @@ def test_dropping_a_stream_closes_its_connection() -> None:
         assert next(stream).text == "Hel"
         del stream
         gc.collect()
-        assert wire.left.wait(30)
+        assert wire.left.wait(60)
 
 
 async def test_cancelling_a_task_closes_its_connection() -> None:
     waits = threading.Event()
     with Wire([HEAD, text("Hel"), waits]) as wire:
         task = asyncio.create_task(wire.model().ainvoke("Hi"))
-        await asyncio.to_thread(waits.wait, 30)
+        await asyncio.to_thread(waits.wait, 60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(wire.left.wait, 30)
+        assert await asyncio.to_thread(wire.left.wait, 60)
 
 
 def test_another_thread_may_cancel() -> None:
@@ -530,7 +530,7 @@ def test_another_thread_may_cancel() -> None:
         assert last.usage.prompt_tokens == 2
         assert list(stream) == []
         engine.join()
-        assert wire.left.wait(30)
+        assert wire.left.wait(60)
 
 
 def test_cancelling_at_once_ends_too() -> None:
@@ -571,7 +571,7 @@ def test_closing_the_engine_ends_what_is_in_flight() -> None:
         engine.close()
         with pytest.raises(EngineClosedError, match="was closed"):
             next(pieces)
-        assert wire.left.wait(30)
+        assert wire.left.wait(60)
         with pytest.raises(EngineClosedError):
             engine.submit([Request((2,), SamplingParams())])
         assert engine.closed

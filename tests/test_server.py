@@ -537,7 +537,7 @@ def test_a_full_queue_is_busy(
         ThreadPoolExecutor() as pool,
     ):
         first = pool.submit(server.chat, max_tokens=2)
-        assert reached.wait(30)
+        assert reached.wait(60)
         waits = Request(tuple(engine.encode("Hi")), SamplingParams(max_new_tokens=2))
         with engine.submit([waits]):  # from beside the server
             refused = server.chat()

@@ -52,7 +52,7 @@ def test_whoever_goes_costs_a_step_at_most(
     with serving(demo_engine) as server:
         with server.connect() as client:
             client.sendall(request(stream=stream, max_tokens=500))
-            assert reached.wait(30)
+            assert reached.wait(60)
         server.over()  # it has seen it; the model has not gone on meanwhile
         release.set()
         demo_engine.join()
@@ -77,7 +77,7 @@ def test_whoever_goes_while_a_token_waits_to_be_sent_costs_a_step_at_most(
 
     async def receive() -> dict[str, Any]:
         if (message := next(received, None)) is None:
-            await asyncio.to_thread(reached.wait, 30)
+            await asyncio.to_thread(reached.wait, 60)
             return {"type": "http.disconnect"}
         return message
 

@@ -27,7 +27,7 @@ class Link:
         self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         self._server.connect(address)
         ours, self.client = socket.socketpair()
-        self.client.settimeout(30)
+        self.client.settimeout(60)
         self._ends = [ours, self._server]
         self._whole = threading.Event()
         self._whole.set()

@@ -63,7 +63,7 @@ with Wire([HEAD, text("Hel"), waits]) as wire:
     llm = wire.model()
     begun = llm.stream("hi")
     assert next(begun) == "Hel"
-    assert waits.wait(30)
+    assert waits.wait(60)
     if os.fork() == 0:
         try:
             next(begun)
