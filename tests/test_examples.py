@@ -276,6 +276,7 @@ def test_a_batch_file_does_not_mix_with_another(files: tuple[Path, Path]) -> Non
     assert len(lines_of(target)) == 1
 
 
+@pytest.mark.timeout(400)  # it starts a kernel, and waits for no cell by the clock
 def test_notebook() -> None:
     """Each cell shows what it promises; it is kept without outputs."""
     notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
