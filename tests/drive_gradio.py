@@ -61,10 +61,10 @@ def main() -> None:
     watch = Forwards(chat.engine.model)
     reached, release = watch.gate(6)
     job = client.submit("What is a token?", api_name="/answer")
-    assert reached.wait(30)
+    assert reached.wait(60)
     seen["stopped"] = [next(job)]
     job.cancel()
-    assert left.event.wait(30)
+    assert left.event.wait(60)
     release.set()
     chat.engine.join()
     client.close()

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hub_server import SHARD, Hub, checkpoint
 from langchain_core.messages import HumanMessage
+from serving import free_port
 from tiny import DEMO, Forwards
 from transformers import Gemma2Config, Gemma2ForCausalLM
 from wire import HEAD, Wire, status
@@ -154,9 +155,9 @@ class Trouble:
             wire.model().invoke("Hi")
 
     def nobody_there(self) -> None:
-        with Wire() as wire:
-            model = wire.model()
-        model.invoke("Hi")
+        with free_port() as port:
+            url = f"http://127.0.0.1:{port}/v1"
+            Gemma2LLM("m", base_url=url, tokenizer="demo").invoke("Hi")
 
     def cut_off(self) -> None:
         with Wire([HEAD]) as wire:
@@ -185,7 +186,7 @@ class Trouble:
         with Gemma2Engine(model, tokenizer, name="demo", max_rows=1, max_waiting=1) as engine:
             request = Request(tuple(engine.encode("Hi")), SamplingParams(max_new_tokens=2))
             streams = [engine.submit([request])]
-            reached.wait(30)
+            reached.wait(60)
             try:
                 streams += [engine.submit([request]) for _ in range(2)]
             finally:

@@ -276,6 +276,7 @@ def test_a_batch_file_does_not_mix_with_another(files: tuple[Path, Path]) -> Non
     assert len(lines_of(target)) == 1
 
 
+@pytest.mark.timeout(400)  # it starts a kernel, and waits for no cell by the clock
 def test_notebook() -> None:
     """Each cell shows what it promises; it is kept without outputs."""
     notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)
@@ -283,7 +284,7 @@ def test_notebook() -> None:
     code = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
     assert all(not cell.outputs and cell.execution_count is None for cell in code.values())
 
-    NotebookClient(notebook, timeout=60).execute()
+    NotebookClient(notebook, timeout=None, startup_timeout=100).execute()
 
     def printed(cell: str) -> list[str]:
         return [out.text for out in code[cell].outputs if out.get("name") == "stdout"]

@@ -46,7 +46,7 @@ def served(app: Any) -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
-            assert listening.wait(30)
+            assert listening.wait(60)
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"
         finally:
             server.should_exit = True
@@ -98,7 +98,7 @@ def test_tokens_are_events_before_the_answer_is_done(
     reached, release = watch.gate(4)
     with asked(fastapi_stream, QUESTION) as events:
         early = [next(events), next(events)]
-        assert reached.wait(30)
+        assert reached.wait(60)
         release.set()
         rest = [*early, *events]
     whole = ChatGemma2("demo").invoke(QUESTION)
@@ -120,8 +120,8 @@ def test_a_caller_who_leaves_stops_the_model(
     fastapi_stream["chat"].callbacks = [left]
     with asked(fastapi_stream, QUESTION) as events:
         next(events)
-        assert reached.wait(30)
-    assert left.event.wait(30)
+        assert reached.wait(60)
+    assert left.event.wait(60)
     release.set()
     fastapi_stream["chat"].engine.join()
     fastapi_stream["chat"].callbacks = None
@@ -143,7 +143,7 @@ def test_a_caller_who_leaves_while_a_token_waits_to_be_sent_stops_the_model(
         if (message := next(received, None)) is None:
             await full.wait()
             # Long enough for each buffer between the model and the connection to fill.
-            await asyncio.to_thread(reached.wait, 30)
+            await asyncio.to_thread(reached.wait, 60)
             return {"type": "http.disconnect"}
         return message
 
@@ -156,7 +156,7 @@ def test_a_caller_who_leaves_while_a_token_waits_to_be_sent_stops_the_model(
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/ask", "headers": headers}
         await fastapi_stream["app"](scope | {"query_string": b""}, receive, send)
-        assert await asyncio.to_thread(left.event.wait, 30)
+        assert await asyncio.to_thread(left.event.wait, 60)
 
     gc.disable()
     try:
@@ -188,7 +188,7 @@ def test_two_callers_at_once_get_their_own_answers(
     reached, release = watch.gate(4)
     with asked(fastapi_stream, QUESTION) as first:
         next_of_first = next(first)
-        assert reached.wait(30)
+        assert reached.wait(60)
         with asked(fastapi_stream, "你是谁") as second:
             release.set()
             other = [*second]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,7 +19,14 @@ from pydantic import BaseModel
 from serving import HELLO, Keeping, Serving, read_until, request, serving
 from tiny import Forwards
 
-from gemma2_stream import ChatGemma2, Gemma2Engine, Gemma2LLM, Request, SamplingParams
+from gemma2_stream import (
+    ChatGemma2,
+    Gemma2Engine,
+    Gemma2LLM,
+    Request,
+    SamplingParams,
+    TokenStream,
+)
 from gemma2_stream.testing import FakeEngine
 
 TOOL = {
@@ -530,7 +537,7 @@ def test_a_full_queue_is_busy(
         ThreadPoolExecutor() as pool,
     ):
         first = pool.submit(server.chat, max_tokens=2)
-        assert reached.wait(30)
+        assert reached.wait(60)
         waits = Request(tuple(engine.encode("Hi")), SamplingParams(max_new_tokens=2))
         with engine.submit([waits]):  # from beside the server
             refused = server.chat()
@@ -555,8 +562,7 @@ def test_an_answer_that_somebody_cancels_is_no_whole_one() -> None:
             assert answer.status_code == (200 if stream else 503)
             assert '"code":"closed"' in answer.text
             assert "[DONE]" not in answer.text
-            while server.metric("requests_answering"):
-                pass
+            server.over()
 
 
 def test_time_runs_out() -> None:
@@ -582,15 +588,34 @@ def test_a_closed_engine_is_unhealthy(demo_engine: Gemma2Engine) -> None:
 # Together ----------------------------------------------------------------------------------------
 
 
+class Counting(Gemma2Engine):
+    """`taken` counts what was submitted."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.taken = threading.Semaphore(0)
+
+    def submit(self, requests: Sequence[Request]) -> TokenStream:
+        stream = super().submit(requests)
+        self.taken.release()
+        return stream
+
+
 def test_clients_share_steps(
     demo_engine: Gemma2Engine, forwards: Callable[[Gemma2Engine], Forwards], served: Serving
 ) -> None:
+    """The model is held at its first step until all have asked."""
     alone = [served.chat(messages=message(i), max_tokens=20).json() for i in range(4)]
     watch = forwards(demo_engine)
-    reached, release = watch.gate(1)
-    with ThreadPoolExecutor() as pool:
-        asked = [pool.submit(served.chat, messages=message(i), max_tokens=20) for i in range(4)]
-        assert reached.wait(30)
+    _, release = watch.gate(1)
+    with (
+        Counting(demo_engine.model, demo_engine.tokenizer, name="counting") as engine,
+        serving(engine) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        asked = [pool.submit(server.chat, messages=message(i), max_tokens=20) for i in range(4)]
+        for _ in asked:
+            assert engine.taken.acquire(timeout=60)
         release.set()
         together = [each.result().json() for each in asked]
     assert [a["choices"] for a in together] == [a["choices"] for a in alone]
@@ -633,5 +658,5 @@ def test_metrics_tell_who_waits_and_who_is_answered() -> None:
         assert server.metric("requests_answering") == 1
         goes_on.set()
         read_until(client, b"[DONE]")
-        while server.metric("requests_answering"):
-            pass
+        server.over()
+        assert server.metric("requests_answering") == 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
-from serving import HELLO, Keeping, Serving, read_until, request, serving
+from serving import HELLO, Clock, Keeping, Serving, read_until, request, serving
 from tiny import Forwards
 from transformers import DynamicCache
 
@@ -30,6 +30,7 @@ def served(demo_engine: Gemma2Engine) -> Iterator[Serving]:
         yield server
         # Whatever was tried, the next one is answered, and nothing is left.
         assert server.chat().status_code == 200
+        server.over()
         assert server.metric("requests_waiting") == server.metric("requests_answering") == 0
         assert not [line for line in server.said() if line["level"] == "error"]
 
@@ -51,10 +52,8 @@ def test_whoever_goes_costs_a_step_at_most(
     with serving(demo_engine) as server:
         with server.connect() as client:
             client.sendall(request(stream=stream, max_tokens=500))
-            assert reached.wait(30)
-        # The server has seen it when it has logged it; the model has not gone on meanwhile.
-        while not server.said("/v1/chat/completions"):
-            server.client.get("/health")
+            assert reached.wait(60)
+        server.over()  # it has seen it; the model has not gone on meanwhile
         release.set()
         demo_engine.join()
         assert watch.count <= at + 1
@@ -78,7 +77,7 @@ def test_whoever_goes_while_a_token_waits_to_be_sent_costs_a_step_at_most(
 
     async def receive() -> dict[str, Any]:
         if (message := next(received, None)) is None:
-            await asyncio.to_thread(reached.wait, 30)
+            await asyncio.to_thread(reached.wait, 60)
             return {"type": "http.disconnect"}
         return message
 
@@ -111,8 +110,7 @@ def test_the_stream_of_whoever_goes_is_closed(stream: bool) -> None:
             client.sendall(request(stream=stream))
             while not server.metric("requests_answering"):
                 pass
-        while not server.said("/v1/chat/completions"):
-            server.client.get("/health")
+        server.over()
         gate.set()
         engine.join()
     assert engine.calls[0].finish_reason == "cancelled"
@@ -126,8 +124,8 @@ def test_what_was_asked_by_one_who_left_is_logged_as_such() -> None:
             client.sendall(request())
             while not engine.calls:
                 server.client.get("/health")
-        while engine.calls[0].finish_reason is None:
-            server.client.get("/health")
+        server.over()
+        engine.join()
         assert engine.calls[0].finish_reason == "cancelled"
     (line,) = server.said("/v1/chat/completions")
     assert line["status"] == 499
@@ -147,14 +145,20 @@ def test_a_slow_reader_holds_nobody() -> None:
         assert (begun + rest).count(b"x" * 100_000) == 100
 
 
+def patient(engine: FakeEngine) -> contextlib.AbstractContextManager[Serving]:
+    """A server that waits 900 seconds, of its own clock, for a request."""
+    return serving(engine, read_seconds=900, max_seconds=9_000, loop=Clock)
+
+
 @pytest.mark.parametrize(
     "start",
     [b"", b"POST /v1/chat", request()[:90], request()[:-5], b"GET /health HTTP/1.1\r\nX: "],
     ids=["nothing", "no line", "no headers", "no end", "no end of a header"],
 )
 def test_whoever_does_not_finish_asking_is_shown_out(start: bytes) -> None:
-    with serving(FakeEngine([]), read_seconds=0.2) as server, server.connect() as client:
+    with patient(FakeEngine([])) as server, server.connect() as client:
         client.sendall(start)
+        server.later(1000)
         assert read_until(client) == b""  # closed, without our doing
 
 
@@ -162,30 +166,29 @@ def test_whoever_does_not_finish_asking_is_shown_out(start: bytes) -> None:
 def test_whoever_asks_byte_by_byte_is_shown_out(rest: int) -> None:
     """A byte now and then buys no time."""
     asked = request()
-    with serving(FakeEngine(["Hello"]), read_seconds=0.2) as server, server.connect() as client:
+    with patient(FakeEngine(["Hello"])) as server, server.connect() as client:
         client.sendall(asked[:rest])
-        client.settimeout(0.05)
-        with pytest.raises(OSError):  # noqa: PT011, PT012 - however the system says it
-            for byte in asked[rest:]:
-                client.send(bytes([byte]))
-                with contextlib.suppress(TimeoutError):
-                    if client.recv(1) == b"":
-                        raise ConnectionError
+        for byte in asked[rest : rest + 2]:
+            server.later(400)
+            client.sendall(bytes([byte]))
+        server.later(400)
+        assert read_until(client) == b""
 
 
 def test_each_request_of_a_connection_has_its_time() -> None:
     """The clock of one that is complete stands, and begins anew with the next."""
     gate = threading.Event()
-    with (
-        serving(FakeEngine([[gate, "Hello"]]), read_seconds=0.2) as server,
-        server.connect() as client,
-        server.connect() as other,
-    ):
+    with patient(FakeEngine([[gate, "Hello"], "Bye"])) as server, server.connect() as client:
         client.sendall(request())
-        assert read_until(other) == b""  # as long as that takes
+        server.later(1000)
         gate.set()
-        assert b"Hello" in read_until(client, b"cached_tokens")
+        assert b"Hello" in read_until(client, b"}}}")
+        client.sendall(request()[:-5])
+        server.later(800)
+        client.sendall(request()[-5:])
+        assert b"Bye" in read_until(client, b"}}}")
         client.sendall(request()[:50])
+        server.later(1000)
         assert read_until(client) == b""
 
 
@@ -330,7 +333,7 @@ def test_headers_have_a_limit(served: Serving, where: str) -> None:
 
 def test_headers_that_come_in_pieces_have_it_too() -> None:
     """The server waits for no end of what is too large already."""
-    with serving(FakeEngine([]), read_seconds=1) as server, server.connect() as client:
+    with serving(FakeEngine([])) as server, server.connect() as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\nX: " + b"a" * 17_000)
         head, _, body = read_until(client).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 ")

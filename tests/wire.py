@@ -65,7 +65,7 @@ class Wire:
         self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         for thread in self._threads:
-            thread.join(30)
+            thread.join(100)
             assert not thread.is_alive()
 
     def _accept(self) -> None:
@@ -80,7 +80,7 @@ class Wire:
     def _serve(self, client: socket.socket) -> None:
         # A client that leaves while bytes are on their way resets the connection.
         with client, contextlib.suppress(ConnectionError):
-            client.settimeout(30)
+            client.settimeout(100)
             got = b""
             while b"\r\n\r\n" not in got:
                 got += _more(client)

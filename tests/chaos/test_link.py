@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from census import nothing_left  # noqa: F401  # a fixture, found by being imported
-from serving import Serving, read_until, request, serving
+from serving import Clock, Serving, read_until, request, serving
 from tiny import random_gemma
 
 from gemma2_stream import Gemma2Engine, Request, SamplingParams
@@ -27,7 +27,7 @@ class Link:
         self._server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         self._server.connect(address)
         ours, self.client = socket.socketpair()
-        self.client.settimeout(30)
+        self.client.settimeout(60)
         self._ends = [ours, self._server]
         self._whole = threading.Event()
         self._whole.set()
@@ -71,9 +71,11 @@ def wait_for_the_begin(server: Serving) -> None:
 
 
 def wait_for_the_end(server: Serving) -> None:
-    """Until it holds no connection any more; what it has sent lies on the way, perhaps for ever."""
+    """Let time pass until it holds no connection any more; what it has sent may never arrive."""
     while server.server.server_state.connections:
         time.sleep(0.01)
+        server.later(61)
+    server.over()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +92,7 @@ def talkative(demo_engine: Gemma2Engine) -> Iterator[Gemma2Engine]:
 @pytest.mark.usefixtures("nothing_left")
 def test_an_answer_that_nobody_takes_ends(talkative: Gemma2Engine) -> None:
     """After `max_seconds` its rows are free."""
-    with serving(talkative, max_seconds=2) as server, linked(server) as link:
+    with serving(talkative, max_seconds=60, loop=Clock) as server, linked(server) as link:
         link.client.sendall(request(stream=True, n=16, max_tokens=8_000))
         read_until(link.client, b'"content":"')
         link.cut()
@@ -105,7 +107,7 @@ def test_an_answer_that_nobody_takes_ends(talkative: Gemma2Engine) -> None:
 def test_what_nobody_takes_does_not_hold_the_connection() -> None:
     """More than the kernel's buffers hold: the rest would be the server's to keep, for ever."""
     engine = FakeEngine([["x" * 100_000] * 200, "Hello"])
-    with serving(engine, max_seconds=1) as server, linked(server) as link:
+    with serving(engine, max_seconds=60, loop=Clock) as server, linked(server) as link:
         link.client.sendall(request(stream=True))
         read_until(link.client, b"xxx")
         link.cut()
@@ -115,7 +117,7 @@ def test_what_nobody_takes_does_not_hold_the_connection() -> None:
 
 @pytest.mark.usefixtures("nothing_left")
 def test_a_question_that_does_not_arrive_is_given_up(demo_engine: Gemma2Engine) -> None:
-    with serving(demo_engine, read_seconds=0.5) as server, linked(server) as link:
+    with serving(demo_engine, read_seconds=60, loop=Clock) as server, linked(server) as link:
         link.client.sendall(request()[:-5])
         wait_for_the_begin(server)
         link.cut()

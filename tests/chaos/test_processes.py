@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from serving import free_port
 
 from gemma2_stream import ChatGemma2, Gemma2Engine
 
@@ -62,7 +63,7 @@ with Wire([HEAD, text("Hel"), waits]) as wire:
     llm = wire.model()
     begun = llm.stream("hi")
     assert next(begun) == "Hel"
-    assert waits.wait(30)
+    assert waits.wait(60)
     if os.fork() == 0:
         try:
             next(begun)
@@ -182,12 +183,11 @@ class Process:
 @pytest.fixture
 def processes() -> Iterator[tuple[Process, Process]]:
     """Two on one port, of which none listens yet."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    both = Process(port), Process(port)
-    yield both
-    for each in both:
-        each.end()
+    with free_port() as port:
+        both = Process(port), Process(port)
+        yield both
+        for each in both:
+            each.end()
 
 
 def streamed(port: int, question: str) -> Iterator[str]:
@@ -203,6 +203,14 @@ def streamed(port: int, question: str) -> Iterator[str]:
                     "content", ""
                 )
         assert line == "" or line.endswith("[DONE]")
+
+
+def wait_for_requests(port: int, number: int) -> None:
+    """Until so many wait or are answered there."""
+    counted = re.compile(r"(?m)^gemma2_stream_requests_(?:waiting|answering) (.+)$")
+    told: list[str] = []
+    while sum(map(float, told)) != number or not told:
+        told = counted.findall(httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text)
 
 
 @pytest.fixture
@@ -243,6 +251,7 @@ def test_a_restart_under_load(processes: tuple[Process, Process], right: dict[st
     for thread in threads:
         thread.start()
     old.wait_for("held")
+    wait_for_requests(port, CLIENTS)  # who is just connecting would be cut off
     old.process.send_signal(signal.SIGTERM)
     old.wait_for("Waiting for connections to close")
     new.tell("serve")
@@ -255,8 +264,7 @@ def test_a_restart_under_load(processes: tuple[Process, Process], right: dict[st
         thread.join()
     assert not wrong
     assert old.process.wait(60) in (0, -signal.SIGTERM)
-    metrics = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    assert "gemma2_stream_requests_answering 0.0" in metrics
+    wait_for_requests(port, 0)
 
 
 def test_a_server_that_is_killed(processes: tuple[Process, Process], right: dict[str, str]) -> None:

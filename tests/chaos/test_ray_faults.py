@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 pytest.importorskip("ray", reason="pip install 'gemma2-stream[ray]' adds Ray")
 
-from ray_cluster import answer, asked, cluster
+from ray_cluster import answer, asked, cluster, owners
 
 # The cluster is up in half a minute on an idle machine, and in several on a busy one.
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
@@ -28,7 +29,7 @@ def test_a_killed_replica_cuts_its_own_streams_alone(tmp_path: Path) -> None:
         openai.OpenAI(base_url=f"{running.url}/told/v1", api_key="none", max_retries=0) as chat,
     ):
         running.told(num_replicas=2)
-        sessions = {answer(client, "who", session): session for session in map(str, range(12))}
+        sessions = owners(functools.partial(answer, client))
         (dies, its), (lives, others) = sessions.items()
         body = asked(f"Hello until {tmp_path / 'open'}", stream=True)
         create = chat.chat.completions.create
@@ -46,8 +47,7 @@ def test_a_killed_replica_cuts_its_own_streams_alone(tmp_path: Path) -> None:
             rest = [chunk.choices[0] for chunk in whole]
         assert "".join(choice.delta.content or "" for choice in rest) == "lo"
         assert rest[-1].finish_reason == "stop"
-        while len({answer(client, "who", session) for session in map(str, range(12))}) < 2:
-            pass  # until it is replaced
+        owners(functools.partial(answer, client))  # as soon as it is replaced
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def namespace() -> Iterator[str]:
 def test_a_removed_machine_takes_its_own_streams_alone(namespace: str, tmp_path: Path) -> None:
     with cluster("ip", "netns", "exec", namespace, two_nodes=True) as running:
         running.told(num_replicas=2, max_replicas_per_node=1)
-        sessions = {running.answer("who", session): session for session in map(str, range(12))}
+        sessions = owners(running.answer)
         lives, dies = sorted(sessions, key=running.is_here, reverse=True)
         running.begin(sessions[dies], str(tmp_path / "never"))
         running.remove_the_other_node()
