@@ -20,7 +20,7 @@ from either import Either
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-from tiny import Forwards, reference
+from tiny import Forwards, abandoned, reference
 from tokenizers.decoders import Fuse
 from transformers import DynamicCache
 from waiting import wait
@@ -199,7 +199,7 @@ async def test_an_async_handler_that_raises_stops_the_model(
     }[path]
     with pytest.raises(Stopped):
         await call()
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -229,7 +229,7 @@ async def test_a_cancelled_task_stops_the_model(llm: Either, watch: Forwards, pa
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -240,7 +240,7 @@ async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behin
 ) -> None:
     """Its request is submitted after it has gone: by then nobody holds the stream."""
     engine = either.engine
-    reached, release, gone = threading.Event(), threading.Event(), threading.Event()
+    reached, release, submitted = threading.Event(), threading.Event(), threading.Event()
 
     class Slow:
         """The engine, but for an encoding that waits at a gate."""
@@ -250,7 +250,7 @@ async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behin
 
         def submit(self, requests: Sequence[Request]) -> TokenStream:
             stream = engine.submit(requests)
-            stream._channel.when_cancelled(gone.set)
+            submitted.set()
             return stream
 
         def encode(self, *prompt: Any, **options: Any) -> list[int]:
@@ -266,7 +266,8 @@ async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behin
         await task
     with watch.held(1):
         release.set()
-        await asyncio.to_thread(wait, gone)
+        await asyncio.to_thread(wait, submitted)
+        await asyncio.to_thread(abandoned, engine)
     assert await either.ainvoke("x", max_tokens=2)
     await asyncio.to_thread(engine.join)
     assert watch.count <= 1 + 3
@@ -285,7 +286,7 @@ async def test_an_async_stream_that_is_only_dropped_stops_the_model(
 
     await leave()
     gc.collect()
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -302,7 +303,7 @@ async def test_an_async_stream_left_by_break_and_closed_stops_the_model(
         break
     await asyncio.to_thread(wait, reached)
     await stream.aclose()
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -335,7 +336,7 @@ async def test_a_task_cancelled_in_the_prefill_stops_it(llm: Either, watch: Forw
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 3
@@ -457,12 +458,6 @@ def test_a_callers_own_forward_is_never_cancelled(llm: Either, watch: Forwards) 
     release.set()
     llm.engine.join()
     assert expected.equal(llm.engine.model(input_ids=_tensor(llm)).logits)
-
-
-async def _ticks() -> None:
-    """Let the event loop close async generators that became garbage, as it does a tick later."""
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 def _request(llm: Either, limit: int = LONG) -> Request:

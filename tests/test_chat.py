@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,7 +24,7 @@ from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
-from tiny import Forwards, reference
+from tiny import Forwards, abandoned, reference
 from waiting import press_ctrl_c, wait
 
 from gemma2_stream import (
@@ -32,7 +32,9 @@ from gemma2_stream import (
     Gemma2Engine,
     Gemma2LLM,
     PromptTooLongError,
+    Request,
     StructuredOutputError,
+    TokenStream,
 )
 from gemma2_stream.chat import _Call
 
@@ -259,6 +261,7 @@ async def test_an_abatch_that_failed_leaves_no_task_at_work(
             await chat.abatch(QUESTIONS[1:4], configs, max_tokens=400, stop=["never said"])
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.to_thread(abandoned, chat.engine)
     await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 8
 
@@ -320,10 +323,39 @@ async def test_a_cancelled_abatch_stops_the_model(chat: ChatGemma2, watch: Forwa
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await asyncio.to_thread(abandoned, chat.engine)
     release.set()
     await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 5
     assert ends.results == []
+
+
+async def test_a_task_cancelled_before_it_has_its_stream_stops_the_model(
+    chat: ChatGemma2, watch: Forwards
+) -> None:
+    """Though somebody keeps the traceback, and all that is in there."""
+    engine, loop = chat.engine, asyncio.get_running_loop()
+
+    class Cancelling:
+        """The engine, but for a batch that is cancelled while it is submitted."""
+
+        name, defaults, encode = engine.name, engine.defaults, engine.encode
+        tokenize, submit, close = engine.tokenize, engine.submit, engine.close
+
+        def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
+            streams = engine.submit_each(requests)
+            loop.call_soon_threadsafe(task.cancel)
+            return streams
+
+    with watch.held(1):
+        cancelling = ChatGemma2(engine=Cancelling(), max_new_tokens=N)
+        task = asyncio.create_task(cancelling.abatch(QUESTIONS[:3]))
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        await asyncio.to_thread(abandoned, engine)
+    await asyncio.to_thread(engine.join)
+    assert watch.count <= 1
+    assert caught  # until here
 
 
 def test_two_batches_and_other_callers_at_once_are_all_served(chat: ChatGemma2) -> None:
@@ -560,6 +592,7 @@ async def test_a_constrained_answer_is_cancelled_as_any_other(
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+    await asyncio.to_thread(abandoned, chat.engine)
     release.set()
     await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 6

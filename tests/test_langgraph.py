@@ -25,7 +25,7 @@ from langchain_core.tools import BaseTool, ToolException, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import AfterValidator, BaseModel
-from tiny import DEMO, Forwards, random_gemma
+from tiny import DEMO, Forwards, abandoned, random_gemma
 from transformers import AutoTokenizer, DynamicCache, Gemma2ForCausalLM
 from waiting import wait
 
@@ -581,15 +581,9 @@ def watch(
     assert chat.invoke("Again?").content == ANSWER
 
 
-async def ticks() -> None:
-    """Let the event loop close what became garbage, as it does a tick later."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
 async def end(chat: ChatGemma2, release: threading.Event) -> None:
     """Let the held forward go, and wait until the engine is idle."""
-    await ticks()
+    await asyncio.to_thread(abandoned, chat.engine)
     release.set()
     await asyncio.to_thread(chat.engine.join)
 
@@ -750,7 +744,8 @@ async def test_cancelling_an_async_run_of_a_sync_node_stops_the_model(
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await end(chat, release)
+    release.set()
+    await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 7
 
 

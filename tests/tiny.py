@@ -106,7 +106,7 @@ class Forwards:
         if self.count in self._gates:
             reached, release = self._gates[self.count]
             reached.set()
-            wait(release)
+            assert release.wait(120), "nobody opened the gate"  # longer than any test's own wait
         if self.count in self.fail_at:
             raise self.fail_at[self.count]
 
@@ -114,6 +114,14 @@ class Forwards:
         for _, release in self._gates.values():
             release.set()
         self._handle.remove()
+
+
+def abandoned(engine: Gemma2Engine) -> None:
+    """Wait until nobody wants what `engine` was asked for."""
+    for channel in list(engine._channels):
+        gone = threading.Event()
+        channel.when_cancelled(gone.set)
+        wait(gone)
 
 
 def live_caches() -> list[DynamicCache]:
