@@ -231,8 +231,9 @@ class Gemma2Engine(Resident):
         """Fail those of `channels` that find `max_waiting` requests for which no row is free."""
         if self.max_waiting is None:
             return
-        decoding = sum(len(c.requests) for c in self._channels if c.started)
-        waiting = sum(c.waiting for c in self._channels)
+        known = list(self._channels)  # at once, since the worker takes out those that are over
+        decoding = sum(len(c.requests) for c in known if c.started)
+        waiting = sum(c.waiting for c in known)
         waiting -= max(0, self._limits.max_rows - decoding)
         for channel in channels:
             if waiting >= self.max_waiting:

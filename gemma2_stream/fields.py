@@ -275,8 +275,14 @@ class Gemma2Fields(BaseModel):
 
         async with _turnstile(self.custom_engine or self._spec):
             queued = await asyncio.to_thread(queue)
-        # Outside, since others may have to come before it is there.
-        return await asyncio.wrap_future(queued) if isinstance(queued, Future) else queued
+        if not isinstance(queued, Future):
+            return queued
+        try:
+            # Outside, since others may have to come before it is there.
+            return await asyncio.wrap_future(queued)
+        except asyncio.CancelledError:
+            queued.add_done_callback(_cancel)  # a traceback that is kept would keep the stream
+            raise
 
     def _info(self, chunk: Chunk) -> dict[str, Any] | None:
         """What a row's last chunk says, as LangChain carries it; None for the others.
@@ -296,6 +302,11 @@ class Gemma2Fields(BaseModel):
                 "cached_tokens": chunk.usage.cached_tokens,
             },
         }
+
+
+def _cancel(queued: Future[TokenStream]) -> None:
+    if not queued.cancelled() and queued.exception() is None:
+        queued.result().cancel()
 
 
 # Weak, since a lock refers to its loop: each lives as long as somebody stands at it.

@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from either import Either
+from hypothesis import HealthCheck, settings
 from no_network import no_network  # noqa: F401  # a fixture, found by being imported
 from tiny import DEMO, Forwards, ScriptedGemma2, live_caches, random_gemma
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast
 
 from gemma2_stream import Gemma2Engine
+
+# How long an example takes, to run or to make, is the machine's affair.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

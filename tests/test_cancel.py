@@ -10,8 +10,9 @@ import asyncio
 import copy
 import gc
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,11 +20,12 @@ from either import Either
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import PromptTemplate
-from tiny import Forwards, reference
+from tiny import Forwards, abandoned, reference
 from tokenizers.decoders import Fuse
 from transformers import DynamicCache
+from waiting import wait
 
-from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams
+from gemma2_stream import Gemma2Engine, Gemma2LLM, Request, SamplingParams, TokenStream
 from gemma2_stream.scheduler import MAX_UNREAD
 from gemma2_stream.types import MAX_ROWS
 
@@ -110,7 +112,7 @@ def test_a_sync_consumer_that_leaves_stops_the_model(
     reached, release = watch.gate(6)
 
     def halt() -> None:
-        assert reached.wait(30)
+        wait(reached)
 
     stop(llm, halt)
     release.set()
@@ -163,7 +165,7 @@ def test_a_sync_handler_that_raises_stops_the_model(
 ) -> None:
     """`raise_error` is how a callback stops an answer; its exception reaches the caller."""
     reached, release = watch.gate(6)
-    config = {"callbacks": [_handlers(BaseCallbackHandler, lambda: _wait(reached))]}
+    config = {"callbacks": [_handlers(BaseCallbackHandler, lambda: wait(reached))]}
     call = {
         "stream": lambda: list(llm.stream(PROMPT, config)),
         "invoke": lambda: llm.invoke(PROMPT, config),
@@ -184,7 +186,7 @@ async def test_an_async_handler_that_raises_stops_the_model(
 ) -> None:
     """The same on the async paths, with sync and async handlers."""
     reached, release = watch.gate(6)
-    config = {"callbacks": [_handlers(base, lambda: _wait(reached))]}
+    config = {"callbacks": [_handlers(base, lambda: wait(reached))]}
 
     async def astream() -> None:
         async for _ in llm.astream(PROMPT, config):
@@ -197,7 +199,7 @@ async def test_an_async_handler_that_raises_stops_the_model(
     }[path]
     with pytest.raises(Stopped):
         await call()
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -223,11 +225,11 @@ async def test_a_cancelled_task_stops_the_model(llm: Either, watch: Forwards, pa
             await runnable.abatch([ask, ask])
 
     task = asyncio.create_task(work())
-    await asyncio.to_thread(_wait, reached)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -238,27 +240,35 @@ async def test_a_task_cancelled_while_its_prompt_is_encoded_leaves_nothing_behin
 ) -> None:
     """Its request is submitted after it has gone: by then nobody holds the stream."""
     engine = either.engine
-    reached, release = threading.Event(), threading.Event()
+    reached, release, submitted = threading.Event(), threading.Event(), threading.Event()
 
     class Slow:
         """The engine, but for an encoding that waits at a gate."""
 
         name, defaults, tokenize = engine.name, engine.defaults, engine.tokenize
-        submit, submit_each, close = engine.submit, engine.submit_each, engine.close
+        submit_each, close = engine.submit_each, engine.close
+
+        def submit(self, requests: Sequence[Request]) -> TokenStream:
+            stream = engine.submit(requests)
+            submitted.set()
+            return stream
 
         def encode(self, *prompt: Any, **options: Any) -> list[int]:
             reached.set()
-            _wait(release)
+            wait(release)
             return engine.encode(*prompt, **options)
 
     slow = either.cls(engine=Slow(), max_new_tokens=LONG)
     task = asyncio.create_task(slow.ainvoke(PROMPT))
-    await asyncio.to_thread(_wait, reached)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    release.set()
-    assert await asyncio.wait_for(either.ainvoke("x", max_tokens=2), 30)
+    with watch.held(1):
+        release.set()
+        await asyncio.to_thread(wait, submitted)
+        await asyncio.to_thread(abandoned, engine)
+    assert await either.ainvoke("x", max_tokens=2)
     await asyncio.to_thread(engine.join)
     assert watch.count <= 1 + 3
 
@@ -271,12 +281,12 @@ async def test_an_async_stream_that_is_only_dropped_stops_the_model(
 
     async def leave() -> None:
         async for _ in llm.astream(PROMPT):
-            await asyncio.to_thread(_wait, reached)
+            await asyncio.to_thread(wait, reached)
             break
 
     await leave()
     gc.collect()
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -291,9 +301,9 @@ async def test_an_async_stream_left_by_break_and_closed_stops_the_model(
     stream = (llm.model | StrOutputParser() if parser else llm).astream(PROMPT)
     async for _ in stream:
         break
-    await asyncio.to_thread(_wait, reached)
+    await asyncio.to_thread(wait, reached)
     await stream.aclose()
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 7
@@ -308,7 +318,7 @@ def test_a_long_prompt_is_dropped_within_one_prefill_chunk(llm: Either, watch: F
 
     request = Request((2, *[651] * 3000), SamplingParams(max_new_tokens=LONG))
     stream = llm.engine.submit([request])
-    _wait(reached)
+    wait(reached)
     stream.close()
     release.set()
     llm.engine.join()
@@ -322,11 +332,11 @@ async def test_a_task_cancelled_in_the_prefill_stops_it(llm: Either, watch: Forw
     """Before the first token, too, `ainvoke` can be cancelled within one prefill chunk."""
     reached, release = watch.gate(2)
     task = asyncio.create_task(llm.ainvoke("word " * 3000))
-    await asyncio.to_thread(_wait, reached)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await _ticks()
+    await asyncio.to_thread(abandoned, llm.engine)
     release.set()
     await asyncio.to_thread(llm.engine.join)
     assert watch.count <= 3
@@ -339,7 +349,7 @@ def test_a_request_cancelled_while_it_waits_never_reaches_the_model(
     reached, release = watch.gate(3)
     first = llm.stream(PROMPT, max_new_tokens=6)
     next(first)
-    _wait(reached)
+    wait(reached)
     waiting = llm.engine.submit([_request(llm)])
     waiting.cancel()
 
@@ -355,7 +365,7 @@ def test_cancel_from_another_thread_keeps_the_partial_answer(llm: Either, watch:
     """`cancel` on the stream lets its reader see what was made, and the verdict."""
     reached, release = watch.gate(6)
     stream = llm.engine.submit([_request(llm)])
-    canceller = threading.Thread(target=lambda: (_wait(reached), stream.cancel(), release.set()))
+    canceller = threading.Thread(target=lambda: (wait(reached), stream.cancel(), release.set()))
     canceller.start()
     chunks = list(stream)
     canceller.join()
@@ -372,7 +382,7 @@ def test_a_cancelled_batch_begins_no_further_group(llm: Either, watch: Forwards)
     reached, release = watch.gate(3)
     rows = 3 * MAX_ROWS
     stream = llm.engine.submit([_request(llm)] * rows)
-    _wait(reached)
+    wait(reached)
     stream.cancel()
     release.set()
     verdicts = [chunk for chunk in stream if chunk.finish_reason is not None]
@@ -403,7 +413,7 @@ def test_a_tokenizer_that_fails_on_what_was_held_back_ends_the_stream(
         reached, release = watch.gate(3)
         request = Request(tuple(engine.encode(PROMPT)), SamplingParams(timeout=60))
         streams = [engine.submit([request]), engine.submit([request, request])]
-        _wait(reached)
+        wait(reached)
         broken.set()
         for stream in streams:
             stream.cancel()
@@ -430,7 +440,7 @@ def test_a_stream_keeps_nothing_alive_once_it_is_dropped(llm: Either, watch: For
     reached, release = watch.gate(4)
     stream = llm.engine.submit([_request(llm)])
     gone = weakref.ref(stream)
-    _wait(reached)
+    wait(reached)
     del stream
     assert gone() is None
     release.set()
@@ -442,22 +452,12 @@ def test_a_callers_own_forward_is_never_cancelled(llm: Either, watch: Forwards) 
     """The hooks that end our prefill leave a forward on another thread alone."""
     reached, release = watch.gate(1)
     stream = llm.engine.submit([_request(llm)])
-    _wait(reached)
+    wait(reached)
     stream.close()
     expected = llm.engine.model(input_ids=_tensor(llm)).logits
     release.set()
     llm.engine.join()
     assert expected.equal(llm.engine.model(input_ids=_tensor(llm)).logits)
-
-
-async def _ticks() -> None:
-    """Let the event loop close async generators that became garbage, as it does a tick later."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-def _wait(event: threading.Event) -> None:
-    assert event.wait(30)
 
 
 def _request(llm: Either, limit: int = LONG) -> Request:
@@ -475,10 +475,12 @@ def test_a_reader_that_stops_reading_stops_the_model_until_it_goes_on(
 ) -> None:
     """Nothing is lost: the model waits at 256 unread chunks, and goes on when they are read."""
     watch = forwards(random_engine)
-    stream = random_engine.submit([_request(Either("llm", random_engine), 300)])
     ahead, release = watch.gate(MAX_UNREAD + 30)
     release.set()
-    assert not ahead.wait(3)  # proves nothing by passing; fails when the model runs on
+    stream = random_engine.submit([_request(Either("llm", random_engine), 300)])
+    while stream._channel.unread() < MAX_UNREAD:
+        time.sleep(0.001)
+    assert not ahead.wait(0.5)  # proves nothing by passing; fails when the model runs on
     chunks = list(stream)
     assert ahead.is_set()
     assert chunks[-1].usage is not None

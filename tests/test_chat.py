@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -25,14 +24,17 @@ from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import BaseModel
-from tiny import Forwards, reference
+from tiny import Forwards, abandoned, reference
+from waiting import press_ctrl_c, wait
 
 from gemma2_stream import (
     ChatGemma2,
     Gemma2Engine,
     Gemma2LLM,
     PromptTooLongError,
+    Request,
     StructuredOutputError,
+    TokenStream,
 )
 from gemma2_stream.chat import _Call
 
@@ -113,10 +115,6 @@ class Ends(BaseCallbackHandler):
         self.results.append(response)
 
 
-def _wait(event: threading.Event) -> None:
-    assert event.wait(30)
-
-
 # Batches -----------------------------------------------------------------------------------------
 
 
@@ -171,11 +169,11 @@ def test_a_refused_prompt_is_its_own_rows_error(
     assert watch.count <= N + 1
     assert isinstance(answers.pop(3), PromptTooLongError)
     assert [a.text for a in answers] == [reference(chat.engine, q, N) for q in QUESTIONS]
-    watch.count = 0
-    with pytest.raises(PromptTooLongError):
+    last = watch.count
+    with watch.held(last + 1), pytest.raises(PromptTooLongError):
         _batch(chat, path, asked)
     chat.engine.join()
-    assert watch.count <= 1
+    assert watch.count <= last + 1
 
 
 def _batch(chat: Any, path: str, asked: Any, config: Any = None, **kwargs: Any) -> list[Any]:
@@ -242,12 +240,10 @@ def test_a_handler_that_raises_ends_the_batch_and_caches_nothing(
     cached = chat.model_copy(update={"cache": cache})
     configs: list[Any] = [{"callbacks": [ends]} for _ in range(3)]
     configs[row] = {"callbacks": [Stops()]}
-    reached, release = watch.gate(8)
-    release.set()
-    with pytest.raises(Stopped):
+    with watch.held(8), pytest.raises(Stopped):
         _batch(cached, path, QUESTIONS[1:4], configs)
     chat.engine.join()
-    assert not reached.is_set() or watch.count < N
+    assert watch.count <= 8
     assert cache._cache == {}
     assert ends.results == []
     if path == "batch":  # langchain-core tells no handler of a cancelled `ainvoke`
@@ -260,11 +256,14 @@ async def test_an_abatch_that_failed_leaves_no_task_at_work(
 ) -> None:
     """On a loop that goes on: the others are cancelled, and the model stops."""
     configs: list[Any] = [{}, {"callbacks": [Stops()]}, {}]
-    with pytest.raises(Stopped):
-        await chat.abatch(QUESTIONS[1:4], configs, max_tokens=400, stop=["never said"])
-    await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+    with watch.held(8):
+        with pytest.raises(Stopped):
+            await chat.abatch(QUESTIONS[1:4], configs, max_tokens=400, stop=["never said"])
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.to_thread(abandoned, chat.engine)
     await asyncio.to_thread(chat.engine.join)
-    assert watch.count < 20
+    assert watch.count <= 8
 
 
 class Refuses(BaseCallbackHandler):
@@ -283,15 +282,15 @@ def test_who_fails_before_asking_keeps_nobody_waiting(
 ) -> None:
     """The others are answered with `return_exceptions`, and not computed for nothing without."""
     configs: list[Any] = [{}, {"callbacks": [Refuses()]}, {}]
-    first, failed, last = _batch(chat, path, QUESTIONS[1:4], configs, return_exceptions=True)
+    first, failed, other = _batch(chat, path, QUESTIONS[1:4], configs, return_exceptions=True)
     assert isinstance(failed, Stopped)
-    assert [first.text, last.text] == [reference(chat.engine, QUESTIONS[n], N) for n in (1, 3)]
+    assert [first.text, other.text] == [reference(chat.engine, QUESTIONS[n], N) for n in (1, 3)]
     chat.engine.join()
-    watch.count = 0
-    with pytest.raises(Stopped):
+    last = watch.count
+    with watch.held(last + 1), pytest.raises(Stopped):
         _batch(chat, path, QUESTIONS[1:4], configs)
     chat.engine.join()
-    assert watch.count <= 1
+    assert watch.count <= last + 1
 
 
 def test_an_interrupt_in_a_batch_stops_the_model(chat: ChatGemma2, watch: Forwards) -> None:
@@ -305,14 +304,11 @@ def test_an_interrupt_in_a_batch_stops_the_model(chat: ChatGemma2, watch: Forwar
                 release.set()
 
     ends = LastError()
-    me = threading.get_ident()
-    sender = threading.Thread(
-        target=lambda: (_wait(reached), signal.pthread_kill(me, signal.SIGINT))
-    )
+    sender = threading.Thread(target=lambda: (wait(reached), press_ctrl_c(seen=release)))
     sender.start()
     with pytest.raises(KeyboardInterrupt):
         chat.batch(QUESTIONS, {"callbacks": [ends]}, max_tokens=400)
-    sender.join(30)
+    sender.join()
     chat.engine.join()
     assert {type(error) for error in ends.errors} == {KeyboardInterrupt}
     assert watch.count <= 4
@@ -323,14 +319,43 @@ async def test_a_cancelled_abatch_stops_the_model(chat: ChatGemma2, watch: Forwa
     reached, release = watch.gate(4)
     ends = Ends()
     task = asyncio.create_task(chat.abatch(QUESTIONS, {"callbacks": [ends]}))
-    await asyncio.to_thread(_wait, reached)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    await asyncio.to_thread(abandoned, chat.engine)
     release.set()
     await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 5
     assert ends.results == []
+
+
+async def test_a_task_cancelled_before_it_has_its_stream_stops_the_model(
+    chat: ChatGemma2, watch: Forwards
+) -> None:
+    """Though somebody keeps the traceback, and all that is in there."""
+    engine, loop = chat.engine, asyncio.get_running_loop()
+
+    class Cancelling:
+        """The engine, but for a batch that is cancelled while it is submitted."""
+
+        name, defaults, encode = engine.name, engine.defaults, engine.encode
+        tokenize, submit, close = engine.tokenize, engine.submit, engine.close
+
+        def submit_each(self, requests: Sequence[Request]) -> list[TokenStream]:
+            streams = engine.submit_each(requests)
+            loop.call_soon_threadsafe(task.cancel)
+            return streams
+
+    with watch.held(1):
+        cancelling = ChatGemma2(engine=Cancelling(), max_new_tokens=N)
+        task = asyncio.create_task(cancelling.abatch(QUESTIONS[:3]))
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        await asyncio.to_thread(abandoned, engine)
+    await asyncio.to_thread(engine.join)
+    assert watch.count <= 1
+    assert caught  # until here
 
 
 def test_two_batches_and_other_callers_at_once_are_all_served(chat: ChatGemma2) -> None:
@@ -559,14 +584,15 @@ async def test_a_constrained_answer_is_cancelled_as_any_other(
     if how == "close":
         stream = shaped.stream(PROMPT)
         next(stream)
-        _wait(reached)
+        wait(reached)
         stream.close()  # type: ignore[attr-defined]  # it is a generator
     else:
         task = asyncio.create_task(shaped.ainvoke(PROMPT))
-        await asyncio.to_thread(_wait, reached)
+        await asyncio.to_thread(wait, reached)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+    await asyncio.to_thread(abandoned, chat.engine)
     release.set()
     await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 6

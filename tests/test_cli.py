@@ -279,7 +279,7 @@ def test_ctrl_c_stops_at_once(endless: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"A"
         process.send_signal(signal.SIGINT)
-        rest, err = process.communicate(timeout=60)
+        rest, err = process.communicate()
     assert process.returncode == 130
     assert len(rest) < CONTEXT // 2  # the whole answer fills the context
     assert b"Traceback" not in err
@@ -294,7 +294,7 @@ def test_a_reader_that_leaves_is_no_error(endless: Path) -> None:
         assert process.stdout.read(1) == b"A"
         process.stdout.close()
         err = process.stderr.read()
-        assert process.wait(60) == 141
+        assert process.wait() == 141
     assert b"Traceback" not in err
     assert b"Error" not in err
 
@@ -316,7 +316,7 @@ def test_a_full_disk_is_one_line() -> None:
 
 def test_utf8_in_a_locale_without_it() -> None:
     with start("你是谁", LC_ALL="C", PYTHONUTF8=0, PYTHONCOERCECLOCALE=0) as process:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
     assert process.returncode == 0, err.decode()
     assert not out.isascii()
     assert out.decode("utf-8") == Gemma2LLM("demo").invoke("你是谁") + "\n"

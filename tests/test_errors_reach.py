@@ -16,6 +16,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda
 from tiny import Forwards, reference
 from transformers import DynamicCache, Gemma2ForCausalLM, LogitsProcessor
+from waiting import wait
 
 from gemma2_stream import Gemma2Engine, Gemma2LLM
 
@@ -110,7 +111,7 @@ def test_an_exception_whose_causes_go_in_a_circle_reaches_the_caller(
     watch.fail_at[1] = first = Broken("first")
     first.__cause__ = Broken("second")
     first.__cause__.__cause__ = first
-    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3, timeout=30)
+    llm = Gemma2LLM(engine=random_engine, max_new_tokens=3, timeout=60)
 
     with pytest.raises(Broken, match="first"):
         llm.invoke(PROMPT)
@@ -163,7 +164,7 @@ def test_requests_that_wait_behind_a_failing_one_are_served(
 
     failing = llm.stream(PROMPT)
     next(failing)
-    assert reached.wait(30)
+    wait(reached)
     waiting = [threading.Thread(target=lambda: expected.append(llm.invoke(PROMPT))) for _ in "abc"]
     for thread in waiting:
         thread.start()
@@ -185,7 +186,7 @@ async def test_tasks_that_wait_behind_a_failing_one_are_served(
     llm = either(max_new_tokens=5)
 
     failing = asyncio.create_task(llm.ainvoke(PROMPT))
-    assert await asyncio.to_thread(reached.wait, 30)
+    await asyncio.to_thread(wait, reached)
     waiting = [asyncio.create_task(llm.abatch([PROMPT, PROMPT])) for _ in range(2)]
     release.set()
     assert await asyncio.gather(failing, return_exceptions=True) == [error]

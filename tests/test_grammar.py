@@ -266,7 +266,7 @@ def held(request: pytest.FixtureRequest) -> Held:
 
 
 tastes = st.sampled_from(["any", "short", "talkative"])
-several = settings(max_examples=12, deadline=None)
+several = settings(max_examples=12)
 
 
 @shapes
@@ -647,7 +647,7 @@ def test_what_the_choice_of_tools_admits(
     assert admits(held, answer, text) is admitted
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), taste=tastes, forced=st.booleans(), limit=st.integers(170, 250))
 @example(seed=0, taste="talkative", forced=True, limit=170)
 def test_calls_of_random_weights_are_well_formed(

@@ -25,8 +25,9 @@ from langchain_core.tools import BaseTool, ToolException, tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import AfterValidator, BaseModel
-from tiny import DEMO, Forwards, random_gemma
+from tiny import DEMO, Forwards, abandoned, random_gemma
 from transformers import AutoTokenizer, DynamicCache, Gemma2ForCausalLM
+from waiting import wait
 
 from gemma2_stream import ChatGemma2, Gemma2Engine
 from gemma2_stream.tools import call_text
@@ -307,8 +308,8 @@ async def test_a_node_that_only_invokes_streams_its_tokens(
     reached, release = watch.gate(5)
     stream = getattr(graph_of(node(chat)), streaming)(ask("Hi"), stream_mode="messages")
 
-    early = [await asyncio.wait_for(next_token(stream), 30) for _ in range(4)]
-    assert await asyncio.to_thread(reached.wait, 30)
+    early = [await next_token(stream) for _ in range(4)]
+    await asyncio.to_thread(wait, reached)
     assert watch.count == 5
     release.set()
     late = [token async for token in rest(stream)]
@@ -492,7 +493,7 @@ async def test_a_thread_remembers_and_others_do_not_know(chat: ChatGemma2, mode:
 async def test_two_threads_of_one_agent_at_once_do_not_mix(chat: ChatGemma2, mode: str) -> None:
     """Both are inside their tools before either goes on; each hears its own result."""
     cities = {"mine": "Paris", "other": "Rome"}
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=60)
 
     @tool
     def weather(city: str) -> str:
@@ -580,15 +581,9 @@ def watch(
     assert chat.invoke("Again?").content == ANSWER
 
 
-async def ticks() -> None:
-    """Let the event loop close what became garbage, as it does a tick later."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
 async def end(chat: ChatGemma2, release: threading.Event) -> None:
     """Let the held forward go, and wait until the engine is idle."""
-    await ticks()
+    await asyncio.to_thread(abandoned, chat.engine)
     release.set()
     await asyncio.to_thread(chat.engine.join)
 
@@ -622,7 +617,7 @@ async def test_a_cancelled_run_stops_the_model(
                 pass
 
     task = asyncio.create_task(work())
-    assert await asyncio.to_thread(reached.wait, 30)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -640,11 +635,11 @@ async def test_leaving_an_async_stream_stops_the_model(
     if how == "aclose":
         async with aclosing(stream):
             async for _ in stream:
-                assert await asyncio.to_thread(reached.wait, 30)
+                await asyncio.to_thread(wait, reached)
                 break
     else:
         async for _ in stream:
-            assert await asyncio.to_thread(reached.wait, 30)
+            await asyncio.to_thread(wait, reached)
             break
         del stream
     await end(chat, release)
@@ -660,7 +655,7 @@ async def test_aborting_a_v3_run_stops_the_model(
     run = await graph(chat).astream_events(ask(QUESTION), THREAD, version="v3")
     async for message in run.messages:
         async for _ in message.text:
-            assert await asyncio.to_thread(reached.wait, 30)
+            await asyncio.to_thread(wait, reached)
             break
         break
     await run.abort()
@@ -706,7 +701,7 @@ async def test_a_handler_that_raises_stops_a_run(
 ) -> None:
     """The way to stop a sync run from outside; its exception reaches the caller."""
     reached, release = watch.gate(6)
-    config = THREAD | {"callbacks": [StopAfter(lambda: reached.wait(30))]}
+    config = THREAD | {"callbacks": [StopAfter(lambda: wait(reached))]}
     with pytest.raises(Enough):
         await run(agent_of(chat), mode, ask(QUESTION), config)
     await end(chat, release)
@@ -726,7 +721,7 @@ def test_leaving_a_sync_stream_stops_the_model(
     reached, release = watch.gate(6)
     with closing(agent_of(chat).stream(ask(QUESTION), THREAD, stream_mode="messages")) as stream:
         next(stream)
-        assert reached.wait(30)
+        wait(reached)
         release.set()
     chat.engine.join()
     assert watch.count <= 7
@@ -745,11 +740,12 @@ async def test_cancelling_an_async_run_of_a_sync_node_stops_the_model(
     watch = forwards(chat.engine)
     reached, release = watch.gate(6)
     task = asyncio.create_task(graph_of(sync_node(chat)).ainvoke(ask(QUESTION)))
-    assert await asyncio.to_thread(reached.wait, 30)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await end(chat, release)
+    release.set()
+    await asyncio.to_thread(chat.engine.join)
     assert watch.count <= 7
 
 
@@ -758,7 +754,7 @@ async def test_a_run_goes_on_after_it_was_cancelled(chat: ChatGemma2, watch: For
     reached, release = watch.gate(6)
     agent = agent_of(chat)
     task = asyncio.create_task(agent.ainvoke(ask(QUESTION), THREAD))
-    assert await asyncio.to_thread(reached.wait, 30)
+    await asyncio.to_thread(wait, reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

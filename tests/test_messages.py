@@ -321,7 +321,7 @@ def parsed(tokenizer: Any, ids: list[int]) -> list[tuple[str, str]]:
     return turns
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True)
+@settings(max_examples=2000, derandomize=True)
 @given(conversation=st.lists(messages, min_size=1, max_size=5))
 def test_the_ids_hold_exactly_the_turns_that_were_sent(
     tokenizer: Any, conversation: list[BaseMessage]

@@ -11,6 +11,7 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGenerationChunk, GenerationChunk
 from langchain_core.prompts import PromptTemplate
 from tiny import Forwards, reference, template_ids
+from waiting import wait
 
 from gemma2_stream import Chunk, Gemma2Engine, Gemma2LLM, Request, SamplingParams
 
@@ -136,7 +137,7 @@ def test_a_character_leaves_at_the_step_that_completes_it(
     with engine.submit([_request(engine, "go")]) as stream:
         got = ""
         for step, (reached, release) in enumerate(gates):
-            assert reached.wait(30)
+            wait(reached)
             while stream._channel.unread():
                 got += next(stream).text
             certain = step
@@ -168,7 +169,7 @@ def test_the_first_chunk_is_out_before_the_second_step_is_done(
 
     stream = either(max_new_tokens=4).stream("Who are you?")
     first = next(stream)
-    assert reached.wait(30)
+    wait(reached)
     assert first
     assert watch.count == 2
     release.set()
@@ -187,7 +188,7 @@ async def test_the_first_async_chunk_is_out_before_the_second_step_is_done(
     first = ""
     while not first:  # LangChain's parser may begin with an empty chunk of its own
         first = await anext(stream)
-    assert await asyncio.to_thread(reached.wait, 30)
+    await asyncio.to_thread(wait, reached)
     assert watch.count == 2
     release.set()
     await stream.aclose()

@@ -47,7 +47,7 @@ sly = st.lists(
     st.one_of(st.sampled_from([*CONTROL, "<", ">", "bos", "_of_turn", " ", "\n"]), ordinary),
     max_size=8,
 ).map("".join)
-several = settings(max_examples=150, deadline=None)
+several = settings(max_examples=150)
 
 
 @pytest.fixture(scope="module", params=["gemma", "demo"])

@@ -24,7 +24,7 @@ from transformers import (
 from gemma2_stream import NotFiniteError, Request, SamplingParams
 from gemma2_stream.sampling import Chooser, RowLogits, Sampler, _find
 
-several = settings(max_examples=50, deadline=None)
+several = settings(max_examples=50)
 parameters = st.fixed_dictionaries(
     {
         "temperature": st.floats(0.3, 5),

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from langchain_core.output_parsers import StrOutputParser
 from tiny import DEMO, Forwards, greedy, random_gemma
 from transformers import Gemma2ForCausalLM, MambaConfig, MambaForCausalLM
+from waiting import wait
 
 from gemma2_stream import (
     ChatGemma2,
@@ -172,6 +174,7 @@ def test_what_is_kept_is_what_was_said(engines: dict[str, Gemma2Engine], who: st
         request, kept = _request(ids, max_new_tokens=count * 7), []
         for name in ("itself" if who != "itself" else "near", who):
             engine = engines[name]
+            engine.join()
             engine.prefixes.clear()
             said = _answer(engine, request)
             engine.join()
@@ -369,7 +372,7 @@ def test_a_cancel_within_a_burst_ends_it(
     watch = forwards(cyclic)
     reached, release = watch.gate(3)
     stream = cyclic.submit([_request(ASKED, max_new_tokens=46)])
-    assert reached.wait(30)
+    wait(reached)
     stream.cancel()
     release.set()
     ((text, reason, count),) = _read(stream)
@@ -412,7 +415,7 @@ def test_a_row_guesses_while_it_is_alone(
     reached, release = watch.gate(2)
     with Shapes(cyclic.model) as shapes:
         first = cyclic.submit([_request(ASKED, max_new_tokens=60)])
-        assert reached.wait(30)
+        wait(reached)
         second = cyclic.submit([_request([2, CYCLE[1]], max_new_tokens=5)])
         release.set()
         answers = _read(first), _read(second)
@@ -426,7 +429,9 @@ def test_a_row_guesses_while_it_is_alone(
 
 
 @pytest.mark.parametrize("who", ["lookup", "near", "both"])
-def test_rows_that_come_and_go_are_right(engines: dict[str, Gemma2Engine], who: str) -> None:
+def test_rows_that_come_and_go_are_right(
+    engines: dict[str, Gemma2Engine], forwards: Callable[[Gemma2Engine], Forwards], who: str
+) -> None:
     """Real weights, across the sliding window: each says what it says alone."""
     dice = random.Random(1)
     requests = [
@@ -435,16 +440,17 @@ def test_rows_that_come_and_go_are_right(engines: dict[str, Gemma2Engine], who: 
     ]
     expected = [_answer(engines["nobody"], request)[0] for request in requests]
     engine = engines[who]
-    engine.prefixes.clear()
-    watch = Forwards(engine.model)
+    watch = forwards(engine)
     streams = []
+    release = threading.Event()
     for request in requests:
-        reached, release = watch.gate(watch.count + 3)
+        reached, following = watch.gate(watch.count + 3)  # it is held now, or has nothing to do
         streams.append(engine.submit([request]))
-        assert reached.wait(30)
         release.set()
+        wait(reached)
+        release = following
+    release.set()
     answers = [_read(stream)[0] for stream in streams]
-    watch.remove()
     assert answers == expected
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import DEMO, Forwards, random_gemma, reference
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, Gemma2ForCausalLM
+from waiting import wait
 
 from gemma2_stream import Gemma2Engine, ParameterError, Request, SamplingParams, TokenStream
 from gemma2_stream.attention import prefer_grouped
@@ -95,7 +96,7 @@ def test_one_after_the_other(
         watch = forwards(engine)
         reached, release = watch.gate(3)
         first = submit(engine, SHORT, max_new_tokens=10)
-        assert reached.wait(30)
+        wait(reached)
         second = submit(engine, BEYOND, max_new_tokens=10)
         release.set()
         assert text(second) == expected[BEYOND]
@@ -117,7 +118,7 @@ def test_after_one_that_ended_early(
         watch.fail_at[at] = RuntimeError("the forward broke")
     prompt = CHUNKS if at == 1 else SHORT
     stream = submit(static, prompt, max_new_tokens=50)
-    assert reached.wait(30)
+    wait(reached)
     if end == "cancelled":
         stream.cancel()
         release.set()

@@ -23,7 +23,7 @@ stop_lists = st.lists(
     st.one_of(st.text("ab", min_size=1, max_size=6), st.text("a\n👨\u200de\u0301", min_size=1)),
     max_size=5,
 )
-several = settings(max_examples=400, deadline=None)
+several = settings(max_examples=400)
 
 
 def cut(text: str, stops: list[str]) -> tuple[str, str | None]:

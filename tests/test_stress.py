@@ -6,8 +6,10 @@ Seeds fix who asks what; how the threads meet is new each time.
 from __future__ import annotations
 
 import random
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -140,3 +142,25 @@ def test_every_text_is_right_whoever_comes_and_goes(
             assert not new_caches()
     finally:
         handle.remove()
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads that take turns a thousand times as often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(before / 1000)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_those_who_wait_are_counted_while_others_leave(
+    model: Any, demo_engine: Gemma2Engine, hasty: None
+) -> None:
+    """Nobody is refused, and nobody meets an error."""
+    request = Request((2, 5, 6), SamplingParams(max_new_tokens=1))
+    with (
+        Gemma2Engine(model, demo_engine.tokenizer, name="counting", max_waiting=1000) as engine,
+        ThreadPoolExecutor(8) as callers,
+    ):
+        answers = [*callers.map(lambda _: [*engine.submit([request])], range(1000))]
+    assert [len(chunks) for chunks in answers] == [1] * 1000

@@ -82,7 +82,7 @@ answers = st.lists(plain | made.map(lambda call: call_text(*call)), max_size=4).
 anything = st.lists(answers | words, max_size=4).map("".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=anything)
 @example(text=call_text("f", {}) + "one two")
 @example(text=call_text("</tool_call>", {}))
@@ -97,7 +97,7 @@ def test_how_an_answer_is_cut_into_pieces_changes_nothing(text: str) -> None:
         assert joined(fed([text[:place], text[place:]])) == whole
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(before=plain, calls=st.lists(made, min_size=1, max_size=3))
 def test_what_was_written_is_read(before: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
     """Text before, and every call with its name and its arguments, whatever strings they hold."""
@@ -111,7 +111,7 @@ def test_what_was_written_is_read(before: str, calls: list[tuple[str, dict[str, 
     assert named == [(name, args) for name, args in calls]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(call=made)
 @example(call=("f", {"a": [1, {"b": "c\\"}], "d": 'e"}'}))
 @example(call=("f", {}))

@@ -189,7 +189,7 @@ def test_a_checkpoint_may_say_what_has_no_effect() -> None:
     assert SamplingParams(seed=3).over(defaults) == defaults.override(seed=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(GOOD)), st.one_of(st.integers(), st.floats(), st.booleans()))
 def test_a_number_is_taken_exactly_or_refused(name: str, value: float) -> None:
     """No rounding, no clipping, no other exception."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
+from waiting import wait
 
 import gemma2_stream
 from gemma2_stream import Gemma2Engine
@@ -86,6 +89,15 @@ class Forwards:
         self._gates[number] = (threading.Event(), threading.Event())
         return self._gates[number]
 
+    @contextlib.contextmanager
+    def held(self, number: int) -> Iterator[threading.Event]:
+        """Inside, the model makes no forward from `number` on; gives the event that it is there."""
+        reached, release = self.gate(number)
+        try:
+            yield reached
+        finally:
+            release.set()
+
     def _before(self, module: Any, args: Any, kwargs: Any) -> None:
         self.count += 1
         ids = kwargs.get("input_ids")
@@ -94,7 +106,7 @@ class Forwards:
         if self.count in self._gates:
             reached, release = self._gates[self.count]
             reached.set()
-            assert release.wait(30), "nobody opened the gate"
+            assert release.wait(120), "nobody opened the gate"  # longer than any test's own wait
         if self.count in self.fail_at:
             raise self.fail_at[self.count]
 
@@ -102,6 +114,14 @@ class Forwards:
         for _, release in self._gates.values():
             release.set()
         self._handle.remove()
+
+
+def abandoned(engine: Gemma2Engine) -> None:
+    """Wait until nobody wants what `engine` was asked for."""
+    for channel in list(engine._channels):
+        gone = threading.Event()
+        channel.when_cancelled(gone.set)
+        wait(gone)
 
 
 def live_caches() -> list[DynamicCache]:
