@@ -158,7 +158,12 @@ class _Driver:
         return psutil.Process(int(pid)).ppid() == raylet.process.pid
 
     def remove_the_other_node(self) -> None:
+        """And wait for the end of its processes, which outlive it a little and go on answering."""
+        (raylet,) = self.other.all_processes["raylet"]
+        processes = psutil.Process(raylet.process.pid).children(recursive=True)
         self.cluster.remove_node(self.other, allow_graceful=False)
+        while any(map(_lives, processes)):
+            time.sleep(0.1)
 
     def answer(self, words: str, session: str) -> str:
         """From where the cluster is, which may be a namespace of its own."""
@@ -199,6 +204,13 @@ class _Driver:
         ray.shutdown()
         if hasattr(self, "cluster"):
             self.cluster.shutdown()
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def main() -> None:

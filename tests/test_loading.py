@@ -394,13 +394,19 @@ def test_loading_peaks_at_little_more_than_the_weights(
     limit = (2 + each) * count + BLOCKS
     done = subprocess.run(
         [sys.executable, "-c", LOAD_WITHIN_A_LIMIT, folder, str(limit), dtype, preset],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DEMO.parent.parent)},
+        # What is freed goes back at once, or malloc keeps some, more on a busy machine.
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "PYTHONPATH": str(DEMO.parent.parent),
+        },
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert count > 50_000_000  # one more copy is 57 MB; without it, 40 to 53 of BLOCKS were used
+    assert count > 50_000_000  # one more copy is 57 MB; without it, 30 to 40 of BLOCKS were used
     assert each <= int(done.stdout) / count < each + 0.01  # norms are not in int8
 
 
