@@ -39,6 +39,7 @@ from gemma2_stream.loading import (
     device_kind,
     shared_engine,
 )
+from gemma2_stream.products import neighbours
 
 CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
@@ -234,6 +235,8 @@ def test_a_preset_is_honoured(
     assert classes(memory) == {"Int8Linear", "Int8Embedding"}
     if dtype == "bfloat16":
         assert classes(speed) >= {"RowLinear", "HeadLinear", "Gemma2TextScaledWordEmbedding"}
+        queries, keys, _ = next(neighbours(speed.model))
+        assert queries.data_ptr() + queries.nbytes == keys.data_ptr()  # one product
     else:
         assert speed is exact
     for engine in (exact, speed, memory):

@@ -6,6 +6,7 @@ terminal runs where keys and signals matter.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -785,19 +786,18 @@ class Session:
             self.shown += os.read(self._ours, 4096)
 
     def interrupt(self, text: bytes) -> None:
-        """Ctrl-C at the prompt. A press just before readline waits for keys is seen at the next; as
-        long as it may still be seen, there must be none.
+        """Ctrl-C at the prompt. One just before readline waits for keys is seen at the next key:
+        that is Ctrl-E, which changes nothing here; another Ctrl-C would count.
         """
         self.shown = b""
-        for _ in range(3):
-            os.write(self._ours, b"\x03")
-            while text not in self.shown and select.select([self._ours], [], [], 20)[0]:
-                try:
+        os.write(self._ours, b"\x03")
+        with contextlib.suppress(OSError):  # how Linux says that nobody writes to it any more
+            for _ in range(60):
+                while text not in self.shown and select.select([self._ours], [], [], 1)[0]:
                     self.shown += os.read(self._ours, 4096)
-                except OSError:
+                if text in self.shown:
                     return
-            if text in self.shown:
-                return
+                os.write(self._ours, b"\x05")
 
     def status(self) -> int:
         try:
