@@ -786,18 +786,19 @@ class Session:
             self.shown += os.read(self._ours, 4096)
 
     def interrupt(self, text: bytes) -> None:
-        """Ctrl-C at the prompt. One just before readline waits for keys is seen at the next key:
-        that is Ctrl-E, which changes nothing here; another Ctrl-C would count.
+        """Ctrl-C at the prompt. One just before readline waits for keys is seen at the next signal,
+        such as that of a resized window; another Ctrl-C counts, unless the first is lost for good.
         """
         self.shown = b""
-        os.write(self._ours, b"\x03")
         with contextlib.suppress(OSError):  # how Linux says that nobody writes to it any more
-            for _ in range(60):
+            for second in range(60):
+                if second % 20 == 0:
+                    os.write(self._ours, b"\x03")
                 while text not in self.shown and select.select([self._ours], [], [], 1)[0]:
                     self.shown += os.read(self._ours, 4096)
                 if text in self.shown:
                     return
-                os.write(self._ours, b"\x05")
+                self.process.send_signal(signal.SIGWINCH)
 
     def status(self) -> int:
         try:
