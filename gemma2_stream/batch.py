@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from .kv import CACHE_NAME, KVCache, States, part
+from .kv import CACHE_NAME, KVCache, States
 from .sampling import RowLogits
 from .streamer import Row, TokenStreamer
 
@@ -256,7 +256,7 @@ def _first(pieces: Sequence[States], tokens: int) -> list[States]:
     """`pieces`, cut to their first `tokens`, which they must have."""
     cut = []
     for states in pieces:
-        length = min(states[0][0].shape[1], tokens)
-        cut.append(part(states, 0, length))
+        length = min(states.tokens, tokens)
+        cut.append(states.part(0, length))
         tokens -= length
     return cut

@@ -6,7 +6,9 @@ Knows torch and transformers' cache; nothing of requests.
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +19,82 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 _RENAMED = "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE_NAME = "cache" if _RENAMED else "past_key_values"
 
-States = Sequence[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of some tokens of one row: a pair a layer, each (heads, tokens, head size)."""
+
+class Room:
+    """Memory of one layer for keys and values, each (rows, heads, tokens and more, head size)."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys = keys
+        self.values = values
+        self._layer: weakref.ref[KVLayer] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
+    def tokens(self) -> int:
+        """For how many there is room."""
+        return self.keys.shape[2]
+
+    @property
+    def free(self) -> bool:
+        """Whether no layer writes into it."""
+        layer = self._layer() if self._layer else None
+        return layer is None or layer.room is not self
+
+    def give(self, layer: KVLayer) -> None:
+        """Let `layer`, and nobody else, write into it."""
+        self._layer = weakref.ref(layer)
 
 
-def part(states: States, start: int, end: int) -> States:
-    """The tokens from `start` to `end`, as views."""
-    return [(keys[:, start:end], values[:, start:end]) for keys, values in states]
+@dataclass(frozen=True, slots=True)
+class States:
+    """Keys and values of some tokens of one row: a pair a layer, each (heads, tokens, head size).
 
+    They may be what `rooms`, one a layer, begin with. Who has a room to himself can go on writing
+    behind them, without a copy.
+    """
 
-def size(states: States) -> int:
-    """Bytes."""
-    return sum(tensor.nbytes for pair in states for tensor in pair)
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    rooms: Sequence[Room] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.pairs[0][0].shape[1] if self.pairs else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for pair in self.pairs for tensor in pair)
+
+    @property
+    def held(self) -> int:
+        """Bytes that are free when nobody has them any more."""
+        return sum(room.nbytes for room in self.rooms) if self.rooms else self.nbytes
+
+    @property
+    def lent(self) -> bool:
+        """Whether another may write behind them."""
+        return bool(self.rooms) and all(room.free for room in self.rooms)
+
+    def part(self, start: int, end: int) -> States:
+        """The tokens from `start` to `end`, as views."""
+        if (start, end) == (0, self.tokens):
+            return self
+        return States([(keys[:, start:end], values[:, start:end]) for keys, values in self.pairs])
+
+    def copy(self) -> States:
+        return States([(keys.clone(), values.clone()) for keys, values in self.pairs])
 
 
 class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """Keys and values, each (rows, heads, tokens, head size), views of buffers with room for more:
+    """Keys and values, each (rows, heads, tokens, head size), views of a `room` with more of it:
     a new token is written behind the others, which transformers' own layer copies for each.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)  # type: ignore[no-untyped-call]
-        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.room: Room | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -46,8 +102,8 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Append states of shape (rows, heads, new tokens, head size); returns all there are."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self._buffers is None or end > self._buffers[0].shape[-2]:
-            self._grow(key_states, value_states, start, end + max(64, end // 4))
+        if self.room is None or end > self.room.tokens:
+            self._grow(key_states, value_states, start, with_more(end))
         keys, values = self._show(end)
         keys[:, :, start:] = key_states
         values[:, :, start:] = value_states
@@ -58,8 +114,10 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         them ending at the column `width`; the columns before a row are zero.
         """
         like = next(pair for row in rows for pair in row)
+        # A row that joins others is often copied again soon.
+        columns = with_more(width) if len(rows) == 1 else width + 64
         buffers = tuple(
-            states.new_empty(len(rows), states.shape[0], width + 64, states.shape[2])
+            states.new_empty(len(rows), states.shape[0], columns, states.shape[2])
             for states in like
         )
         for number, pieces in enumerate(rows):
@@ -72,25 +130,37 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             for buffer in buffers:
                 buffer[number, :, :end] = 0
                 buffer[number, :, width:] = 0
-        self._buffers = buffers  # type: ignore[assignment]  # two of two
+        self.take(Room(*buffers), width)
+
+    def take(self, room: Room, width: int) -> None:
+        """Hold the first `width` columns of `room`, and write behind them."""
+        room.give(self)
+        self.room = room
         self._show(width)
 
-    def _grow(self, keys: torch.Tensor, values: torch.Tensor, used: int, room: int) -> None:
-        old = self._buffers
-        grown = [like.new_empty(*like.shape[:2], room, like.shape[3]) for like in (keys, values)]
-        for new in grown:
+    def _grow(self, keys: torch.Tensor, values: torch.Tensor, used: int, columns: int) -> None:
+        old = self.room
+        room = Room(
+            *(like.new_empty(*like.shape[:2], columns, like.shape[3]) for like in (keys, values))
+        )
+        for new in (room.keys, room.values):
             new[:, :, used + keys.shape[-2] :] = 0
         if old is not None:
-            for new, before in zip(grown, old, strict=True):
-                new[:, :, :used] = before[:, :, :used]
-        self._buffers = (grown[0], grown[1])
+            room.keys[:, :, :used] = old.keys[:, :, :used]
+            room.values[:, :, :used] = old.values[:, :, :used]
+        self.take(room, used)
 
     def _show(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._buffers is not None
-        keys, values = (_shown(buffer, tokens) for buffer in self._buffers)
+        assert self.room is not None
+        keys, values = (_shown(buffer, tokens) for buffer in (self.room.keys, self.room.values))
         self.device, self.is_initialized = keys.device, True
         self.keys, self.values = keys, values
         return keys, values
+
+
+def with_more(tokens: int) -> int:
+    """How many a row of `tokens` gets room for."""
+    return tokens + max(64, tokens // 4)
 
 
 def _shown(buffer: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -128,22 +198,29 @@ class KVCache(SteppedCache):
     def row(self, number: int, length: int) -> States:
         """The last `length` tokens of a row, as views."""
         start = self.get_seq_length() - length
-        return [(at.keys[number, :, start:], at.values[number, :, start:]) for at in self.layers]
+        pairs = [(at.keys[number, :, start:], at.values[number, :, start:]) for at in self.layers]
+        alone = start == 0 and all(at.keys.shape[0] == 1 for at in self.layers)
+        return States(pairs, [at.room for at in self.layers] if alone else ())
 
     def load(self, rows: Sequence[Sequence[States]], width: int) -> None:
-        """Hold `rows` instead, each in pieces that follow one another, right-aligned in `width`.
+        """Hold `rows` instead, each in pieces that follow one another, right-aligned in `width`;
+        a lone piece that is lent is not copied.
 
         A layer's old states are free before the next layer's new ones are made, unless `rows` are
         views of others.
         """
-        first = next((states for row in rows for states in row), None)
-        if first is None:
+        pieces = [states for row in rows for states in row]
+        if not pieces:
             self.layers.clear()
             return
-        for layer in range(len(first)):
+        lent = len(rows) == len(pieces) == 1 and pieces[0].tokens == width and pieces[0].lent
+        for layer in range(len(pieces[0].pairs)):
             if layer == len(self.layers):
                 self.layers.append(KVLayer())
-            self.layers[layer].load([[s[layer] for s in row] for row in rows], width)
+            if lent:
+                self.layers[layer].take(pieces[0].rooms[layer], width)
+            else:
+                self.layers[layer].load([[s.pairs[layer] for s in row] for row in rows], width)
 
 
 def can_join(config: Any) -> bool:

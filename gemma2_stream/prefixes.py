@@ -9,59 +9,102 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
-from .kv import States, part, size
+from .kv import States
+
+# So many tokens that conversations begin with, as their template has them, are rather kept for each
+# of them than that they part its memory in two.
+_FRONT = 64
+
+# So few at the end of an answer are rather computed again: a prompt quotes it trimmed.
+_TRIMMED = 8
 
 
 class _Node:
-    """Tokens that follow those of `parent`; `children` by their first token."""
+    """Tokens that follow those of `parent`; `children` by their first token. `states` are those of
+    the `front` tokens before them, which are all there are or none, and theirs.
+    """
 
-    def __init__(self, ids: Sequence[int], states: States, parent: _Node | None) -> None:
+    def __init__(
+        self, ids: Sequence[int], states: States, front: int = 0, parent: _Node | None = None
+    ) -> None:
         self.ids = list(ids)
         self.states = states
+        self.front = front
         self.parent = parent
         self.children: dict[int, _Node] = {}
         self.used = 0
+
+    def part(self, start: int, end: int) -> States:
+        """Of its own tokens."""
+        return self.states.part(self.front + start, self.front + end)
+
+    def trim(self, tokens: int) -> None:
+        """Forget all after so many of its own tokens; its rooms are lent from there."""
+        self.ids = self.ids[:tokens]
+        self.states = States(self.states.part(0, self.front + tokens).pairs, self.states.rooms)
 
 
 class PrefixCache:
     """Keys and values of past tokens, at most `limit` bytes of them; what was not used for the
     longest time goes first. With a limit of 0 nothing is kept.
+
+    A conversation that begins like others for no more than a few tokens keeps the rooms that its
+    row wrote into, and its next turn gets them back: nothing is copied.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.bytes = 0
-        self._root = _Node((), (), None)
+        self._root = _Node((), States(()))
         self._clock = itertools.count(1)
 
     def find(self, ids: Sequence[int]) -> tuple[int, list[States]]:
         """How many of the first `ids` are known, and their states, in pieces that follow one
-        another; views.
+        another; views. A piece that can be lent ends where the next token of `ids` is written.
         """
         known, found = 0, []
         for node, common in self._walk(ids):
+            trimmed = common < len(node.ids) <= common + _TRIMMED
+            if trimmed and not node.children and node.states.lent:
+                node.trim(common)
+            if node.front == known:  # with all that was before
+                found = [node.states.part(0, known + common)]
+            else:
+                found.append(node.part(0, common))
             known += common
-            found.append(part(node.states, 0, common))
         return known, found
 
     def keep(self, ids: Sequence[int], states: States) -> None:
-        """Keep a copy of `states`, those of `ids`, as far as they are not known and fit."""
-        each = size(states) // len(ids) if ids else 0
-        if not each or not self.limit:
+        """Keep `states`, those of `ids`, as far as they are not known and fit: the rooms that they
+        begin, where these would hardly be larger than a copy, or else that.
+        """
+        if not self.limit or not states.tokens:
             return
+        each = states.nbytes // states.tokens
         ids = ids[: self.limit // each]
-        node, known = self._root, 0
-        for node, common in self._walk(ids):  # noqa: B007  # the last one is what is wanted
+        path, known, common = [self._root], 0, 0
+        for node, common in self._walk(ids):
+            path.append(node)
             known += common
         if known == len(ids):
             return
-        if node is not self._root and common < len(node.ids):
-            self._split(node, common)
-        self._make_room((len(ids) - known) * each)
-        new = _Node(ids[known:], _copied(part(states, known, len(ids))), node)
+        last = path[-1]
+        if common < len(last.ids):
+            self._split(last, common)
+        whole = states.rooms and 2 * states.held <= 3 * states.nbytes
+        if whole and self._go_on(last, path, ids, states):
+            return
+        if whole and known <= _FRONT and self._make_room(states.held, path):
+            new = _Node(ids[known:], states, known, last)
+        else:
+            self._make_room((len(ids) - known) * each, path)
+            ids = ids[: known + (self.limit - self.bytes) // each]
+            if len(ids) == known:
+                return
+            new = _Node(ids[known:], states.part(known, len(ids)).copy(), 0, last)
         new.used = next(self._clock)
-        node.children[new.ids[0]] = new
-        self.bytes += size(new.states)
+        last.children[new.ids[0]] = new
+        self.bytes += new.states.held
 
     def clear(self) -> None:
         self._root.children.clear()
@@ -74,29 +117,57 @@ class PrefixCache:
         node, at = self._root, 0
         while at < len(ids) and (child := node.children.get(ids[at])) is not None:
             common = common_length(child.ids, ids[at : at + len(child.ids)])
+            whole = common == len(child.ids)
             child.used = next(self._clock)
             yield child, common
-            if common < len(child.ids):
+            if not whole:
                 return
             node, at = child, at + common
 
+    def _go_on(
+        self, last: _Node, path: Sequence[_Node], ids: Sequence[int], states: States
+    ) -> bool:
+        """Let `last` be all of `ids` that it was not, with the rooms of `states`, if nothing else
+        follows it, and little comes before it.
+        """
+        before = sum(len(node.ids) for node in path[:-1])
+        more = states.held - last.states.held
+        if last is self._root or last.children or before > _FRONT:
+            return False
+        if not self._make_room(more, path):
+            return False
+        last.ids, last.states, last.front = list(ids[before:]), states, before
+        self.bytes += more
+        return True
+
     def _split(self, node: _Node, at: int) -> None:
         """Make the tokens from `at` on a node of their own, below what then is left."""
-        rest = _Node(node.ids[at:], _copied(part(node.states, at, len(node.ids))), node)
+        front, head = node.front + at, node.part(0, at).copy()
+        rest = _Node(node.ids[at:], node.states, front, node)
+        if not node.states.rooms or front > _FRONT:
+            # A view would hold on to the whole.
+            rest.states, rest.front = node.part(at, len(node.ids)).copy(), 0
+        self.bytes += head.held + rest.states.held - node.states.held
         rest.used, rest.children = node.used, node.children
         for child in rest.children.values():
             child.parent = rest
-        node.states = _copied(part(node.states, 0, at))  # a view would hold on to the whole
+        node.states, node.front = head, 0
         node.ids, node.children = node.ids[:at], {rest.ids[0]: rest}
 
-    def _make_room(self, needed: int) -> None:
-        """Forget leaves, the longest unused first, until `needed` bytes more fit."""
-        while self.bytes + needed > self.limit and self._root.children:
-            leaf = min(self._leaves(), key=lambda node: node.used)
+    def _make_room(self, needed: int, path: Sequence[_Node]) -> bool:
+        """Forget leaves that are not on `path`, the longest unused first, until `needed` bytes more
+        fit; whether they do.
+        """
+        while self.bytes + needed > self.limit:
+            leaves = [leaf for leaf in self._leaves() if leaf not in path]
+            if not leaves:
+                return False
+            leaf = min(leaves, key=lambda node: node.used)
             assert leaf.parent is not None
             del leaf.parent.children[leaf.ids[0]]
             leaf.parent = None
-            self.bytes -= size(leaf.states)
+            self.bytes -= leaf.states.held
+        return True
 
     def _leaves(self) -> Iterator[_Node]:
         nodes = [self._root]
@@ -117,7 +188,3 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _copied(states: States) -> States:
-    return [(keys.clone(), values.clone()) for keys, values in states]

@@ -14,7 +14,7 @@ from tiny import Forwards, greedy, reference
 from waiting import wait
 
 from gemma2_stream import ChatGemma2, Gemma2Engine, Gemma2LLM, Request, SamplingParams, Usage
-from gemma2_stream.kv import States
+from gemma2_stream.kv import KVCache, States
 from gemma2_stream.prefixes import PrefixCache, common_length
 
 EACH = 2 * 2 * 3 * 4  # bytes: two layers, keys and values, three numbers in float32
@@ -22,14 +22,17 @@ EACH = 2 * 2 * 3 * 4  # bytes: two layers, keys and values, three numbers in flo
 
 def states(ids: list[int]) -> States:
     """One head of two layers whose numbers say which tokens they are of, and after which."""
-    marks = [float(hash(tuple(ids[: n + 1])) % 9973) for n in range(len(ids))]
+    marks, mark = [], 1
+    for token in ids:
+        mark = (31 * mark + token) % 9973
+        marks.append(float(mark))
     keys = torch.tensor(marks)[None, :, None].expand(1, -1, 3)
-    return [(keys, -keys), (keys + 0.5, keys * 2)]
+    return States([(keys, -keys), (keys + 0.5, keys * 2)])
 
 
 def joined(pieces: list[States]) -> list[torch.Tensor]:
     return [
-        torch.cat([piece[layer][at] for piece in pieces], dim=1)
+        torch.cat([piece.pairs[layer][at] for piece in pieces], dim=1)
         for layer in range(2)
         for at in range(2)
     ]
@@ -99,16 +102,16 @@ def test_a_limit_of_nothing_keeps_nothing() -> None:
 def test_what_is_kept_is_a_copy() -> None:
     """Buffers of rows are written over, and a view would hold on to all of one."""
     cache = PrefixCache(10_000)
-    theirs = [(torch.ones(1, 6, 3), torch.ones(1, 6, 3)) for _ in range(2)]
+    theirs = States([(torch.ones(1, 6, 3), torch.ones(1, 6, 3)) for _ in range(2)])
     cache.keep([1, 2, 3, 4, 5, 6], theirs)
-    cache.keep([1, 2, 9, 9], [(k[:, :4], v[:, :4]) for k, v in theirs])
-    for pair in theirs:
+    cache.keep([1, 2, 9, 9], theirs.part(0, 4))
+    for pair in theirs.pairs:
         for tensor in pair:
             tensor.zero_()
     _, pieces = cache.find([1, 2, 3, 4, 5, 6])
     assert all(bool((tensor == 1).all()) for tensor in joined(pieces))
     for piece in pieces:
-        for tensor in (tensor for pair in piece for tensor in pair):
+        for tensor in (tensor for pair in piece.pairs for tensor in pair):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -145,6 +148,225 @@ def test_common_length_is_what_it_says(one: list[int], other: list[int]) -> None
     length = common_length(one, other)
     assert one[:length] == other[:length]
     assert length in (len(one), len(other)) or one[length] != other[length]
+
+
+# Memory that is lent -------------------------------------------------------------------------
+
+
+class Playing:
+    """A row as the scheduler has it: what the tree knows, and what it writes behind that."""
+
+    def __init__(self, tree: PrefixCache, ids: list[int]) -> None:
+        self.tree = tree
+        self.ids: list[int] = []
+        known, pieces = tree.find(ids)
+        self.lent = len(pieces) == 1 and pieces[0].lent
+        self.cache = KVCache()
+        self.cache.load([pieces], known)
+        self.say(ids[known:], ids[:known])
+
+    def say(self, ids: list[int], before: list[int] | None = None) -> None:
+        self.ids += [*(before or ()), *ids]
+        for layer, (keys, values) in enumerate(states(self.ids).pairs):
+            new = (keys[None, :, len(self.ids) - len(ids) :], values[None, :, -len(ids) :])
+            if ids:
+                self.cache.update(*new, layer)
+
+    @property
+    def states(self) -> States:
+        return self.cache.row(0, len(self.ids))
+
+    def keep(self) -> None:
+        self.tree.keep(self.ids, self.states)
+
+    def leave(self) -> None:
+        self.cache.layers.clear()
+
+    def check(self) -> None:
+        assert all(map(torch.equal, joined([self.states]), joined([states(self.ids)])))
+
+
+def said(tree: PrefixCache, ids: list[int]) -> None:
+    """A row that has come and gone."""
+    row = Playing(tree, ids)
+    row.keep()
+    row.leave()
+
+
+TEMPLATE = [1, 2, 3, 4]
+LONG = [*TEMPLATE, *range(100, 300)]
+
+
+def places(found: States) -> list[int]:
+    return [tensor.data_ptr() for pair in found.pairs for tensor in pair]
+
+
+def say_others(tree: PrefixCache) -> None:
+    for first in (1000, 2000, 3000):
+        said(tree, [*TEMPLATE, *range(first, first + 150)])
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_conversation_goes_on_in_the_memory_that_it_had(before: bool, after: bool) -> None:
+    """Also when others begin with the same template; and what is new is kept without a copy."""
+    tree = PrefixCache(10**6)
+    if before:
+        say_others(tree)
+    said(tree, LONG)
+    at, ids = places(tree.find(LONG)[1][0]), list(LONG)
+    if after:
+        say_others(tree)
+    for turn in range(3):
+        ids += range(400 + 10 * turn, 410 + 10 * turn)
+        row = Playing(tree, ids)
+        row.check()
+        assert row.lent
+        assert places(row.states) == at
+        kept = tree.bytes
+        row.keep()
+        row.leave()
+        assert tree.bytes == kept
+        assert places(tree.find(ids)[1][0]) == at
+
+
+def test_memory_is_lent_to_one_at_a_time() -> None:
+    tree = PrefixCache(10**6)
+    said(tree, LONG)
+    one = Playing(tree, [*LONG, 7])
+    other = Playing(tree, [*LONG, 8])
+    assert (one.lent, other.lent) == (True, False)
+    for row in (one, other):
+        row.check()
+    one.leave()
+    assert Playing(tree, [*LONG, 9]).lent
+
+
+def test_a_row_that_needs_more_room_gives_back_what_it_was_lent() -> None:
+    tree = PrefixCache(10**6)
+    said(tree, LONG)
+    row = Playing(tree, [*LONG, *range(1000, 1300)])
+    row.check()
+    assert tree.find(LONG)[1][0].lent
+    row.keep()
+    row.leave()
+    assert tree.find(row.ids)[1][0].lent
+    assert tree.bytes == row.tree.find(row.ids)[1][0].held
+
+
+def test_an_answer_that_is_quoted_trimmed_goes_on_in_its_memory() -> None:
+    """A template strips what it quotes, and tokens at its end are others then."""
+    tree = PrefixCache(10**6)
+    say_others(tree)
+    said(tree, LONG)
+    row = Playing(tree, [*LONG[:-2], 7, 8])
+    assert row.lent
+    row.check()
+    row.keep()
+    row.leave()
+    other = Playing(tree, [*LONG[:100], 7, 8])  # no more than the end is ever forgotten
+    assert not other.lent
+    assert tree.find(row.ids)[0] == len(row.ids)
+    assert tree.find(LONG)[0] == len(LONG) - 2
+
+
+def test_what_conversations_have_in_common_is_not_kept_for_each() -> None:
+    """A long system prompt, and what many went on from."""
+    tree = PrefixCache(10**6)
+    for first in (1000, 2000, 3000):
+        said(tree, [*LONG, *range(first, first + 150)])
+    assert tree.bytes == EACH * (len(LONG) + 3 * 150)
+    ids = [*LONG, *range(2000, 2200)]
+    row = Playing(tree, ids)
+    assert not row.lent
+    row.check()
+    row.keep()
+    row.leave()
+    assert tree.bytes == EACH * (len(LONG) + 2 * 150 + 200)
+    for first in (1000, 2000, 3000):
+        known, pieces = tree.find([*LONG, *range(first, first + 150)])
+        assert known == len(LONG) + 150
+        assert all(
+            map(torch.equal, joined(pieces), joined([states([*LONG, *range(first, first + 150)])]))
+        )
+
+
+def test_ways_to_go_on_stay_apart() -> None:
+    """From one place or several; in rows of their own, and beside others."""
+    tree = PrefixCache(10**6)
+    say_others(tree)
+    said(tree, LONG)
+    tree.keep([*LONG, 5, 6], states([*LONG, 5, 6]))
+    assert not Playing(tree, [*LONG[:-2], 7]).lent
+    ways = [[*LONG, 5, 6], *([*LONG, first, 5] for first in (1000, 2000, 3000, 4000))]
+    ways += [[*LONG[:length], 7] for length in (5, 100, len(LONG) - 1)]
+    rows = [Playing(tree, ids) for ids in ways]
+    for row in rows:
+        row.keep()
+        row.leave()
+    for ids in ways:
+        known, pieces = tree.find(ids)
+        assert known == len(ids)
+        assert all(map(torch.equal, joined(pieces), joined([states(ids)])))
+
+
+def test_rows_of_a_batch_lend_nothing() -> None:
+    """Their memory is one."""
+    cache = KVCache()
+    cache.load([[states(LONG)], [states(LONG[:50])]], len(LONG))
+    assert [cache.row(n, length).rooms for n, length in enumerate((len(LONG), 50))] == [(), ()]
+    cache.load([[states(LONG * 2)]], 2 * len(LONG))
+    assert cache.row(0, 2 * len(LONG)).rooms[0].tokens == 2 * len(LONG) * 5 // 4
+    assert not cache.row(0, 50).rooms
+
+
+def test_memory_with_much_more_room_than_tokens_is_not_kept() -> None:
+    tree = PrefixCache(10**6)
+    said(tree, LONG[:30])
+    assert tree.bytes == EACH * 30
+    assert not tree.find(LONG[:30])[1][0].rooms
+
+
+words = st.lists(st.sampled_from([3, 5, 70, 130, 200]), min_size=1, max_size=4)
+actions = st.tuples(st.sampled_from(["begin", "say", "keep", "leave"]), st.integers(0, 9), words)
+
+
+@settings(max_examples=400)
+@given(st.lists(actions, max_size=25), st.integers(0, 2000))
+def test_whoever_writes_where_nobody_reads_anything_else(
+    actions: list[tuple[str, int, list[int]]], limit: int
+) -> None:
+    """Rows that come, grow, are kept and leave in any order, all on one tree."""
+    tree = PrefixCache(limit * EACH)
+    rows: list[Playing] = []
+    kept: list[list[int]] = []
+    for action, number, lengths in actions:
+        ids = [length + n for length in lengths for n in range(length)]
+        if action == "begin" or not rows:
+            rows.append(Playing(tree, ids))
+        else:
+            row = rows[number % len(rows)]
+            if action == "say":
+                row.say(ids)
+            else:
+                row.keep()
+                kept.append(list(row.ids))
+            if action == "leave":
+                row.leave()
+                rows.remove(row)
+        for row in rows:
+            row.check()
+        for ids in kept:
+            known, pieces = tree.find(ids)
+            if known:
+                assert all(map(torch.equal, joined(pieces), joined([states(ids[:known])])))
+        nodes, memory = [tree._root], {}
+        while nodes:
+            node = nodes.pop()
+            nodes += node.children.values()
+            for part in node.states.rooms or [node.states]:
+                memory[id(part)] = part.nbytes
+        assert tree.bytes == sum(memory.values()) <= limit * EACH
 
 
 # In the engine -------------------------------------------------------------------------------
@@ -184,6 +406,19 @@ def test_the_next_turn_pays_only_for_what_is_new(
     # All of the prompt; of the answer what its text is tokenized to again.
     assert cached >= first["input_tokens"]
     assert sum(watch.tokens) - fed == usage["input_tokens"] - cached + usage["output_tokens"] - 1
+
+
+def test_turns_of_a_conversation_share_one_memory(fresh: Gemma2Engine) -> None:
+    """Nothing of the history is copied, as long as there is room."""
+    ids = [2, *(5 + n * 7919 % 2000 for n in range(400))]
+    seen = set()
+    for turn in range(4):
+        text, usage = ask(fresh, ids, max_new_tokens=5)
+        assert usage.cached_tokens >= (len(ids) - 6 if turn else 0)
+        seen.add(tuple(places(fresh.prefixes.find(ids)[1][0])))
+        assert text == fresh.tokenizer.decode(greedy(fresh, ids, 5), skip_special_tokens=True)
+        ids = [*ids, *greedy(fresh, ids, 4), 5 + turn]
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("length", [1, 30, 63, 64, 65, 127, 300, 700])
@@ -291,9 +526,13 @@ turns = st.lists(st.text("ab \n", max_size=8), min_size=1, max_size=3)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(turns, min_size=1, max_size=3), st.integers(0, 200_000))
+@given(
+    st.lists(turns, min_size=1, max_size=3),
+    st.sampled_from(["be brief", "be brief, and " * 40]),
+    st.integers(0, 400_000),
+)
 def test_any_conversations_say_the_same_with_and_without(
-    demo_engine: Gemma2Engine, conversations: list[list[str]], size: int
+    demo_engine: Gemma2Engine, conversations: list[list[str]], system: str, size: int
 ) -> None:
     """Interleaved, in batches, with little room and with much."""
     model, tokenizer = demo_engine.model, demo_engine.tokenizer
@@ -302,7 +541,7 @@ def test_any_conversations_say_the_same_with_and_without(
         options = {"name": "any", "prefix_cache_bytes": limit}
         with Gemma2Engine(model, tokenizer, **options) as engine:
             chat = ChatGemma2(engine=engine, max_new_tokens=6)
-            histories: list[list[Any]] = [[SystemMessage("be brief")] for _ in conversations]
+            histories: list[list[Any]] = [[SystemMessage(system)] for _ in conversations]
             said: list[list[str]] = []
             for number in range(3):
                 active = [n for n, asked in enumerate(conversations) if number < len(asked)]

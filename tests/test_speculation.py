@@ -183,7 +183,7 @@ def test_what_is_kept_is_what_was_said(engines: dict[str, Gemma2Engine], who: st
         (said, known, states), other = kept
         assert (said, known) == other[:2]
         assert len(known) == len(ids) + said[0][2] - 1
-        for mine, theirs in zip(states, other[2], strict=True):
+        for mine, theirs in zip(states.pairs, other[2].pairs, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
