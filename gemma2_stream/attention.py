@@ -7,6 +7,7 @@ bfloat16 are rounded less often.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,32 +38,58 @@ def grouped_attention(
     (rows or 1, 1, new tokens, tokens) is added. Returns (rows, new tokens, heads, head size).
     """
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return _attend(query, key, value, attention_mask, scaling, softcap)
+    rows, heads, new, size = query.shape
+    queries = query.reshape(rows, key.shape[1], -1, size)
+    if _copies(queries):
+        queries = (queries * scores_scale(scaling, softcap)).mT
+        output = attend_few(queries, key, value, attention_mask, softcap)
+    else:
 
-    groups = key.shape[1]
-    if query[..., 0].numel() * key.shape[2] <= SMALL:
-        return attend(query, key, value), None
-    # All at once, what is between the operations leaves the processor's caches: twice the time.
-    heads = zip(*(torch.chunk(states, groups, 1) for states in (query, key, value)), strict=True)
-    return torch.cat([attend(*states) for states in heads], 2), None
+        def attend(queries: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return _attend_many(queries, key, value, attention_mask, scaling, softcap)
+
+        output = _in_cache(attend, queries.shape[-2], queries, key, value)
+    return output.view(rows, heads, new, size).transpose(1, 2).contiguous(), None
 
 
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
+def scores_scale(scaling: float, softcap: float | None) -> float:
+    """What `attend_few` wants queries to be multiplied with."""
+    return scaling if softcap is None else scaling / softcap
+
+
+def attend_few(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    rows, heads, new, size = query.shape
-    shared = key.shape[1]
-    queries = query.reshape(rows, shared, heads // shared * new, size)
-    attend = _attend_few if _copies(queries) else _attend_many
-    mask = None if attention_mask is None else attention_mask[:, :, None]
-    output = attend(queries, key, value, mask, new, scaling, softcap)
-    return output.view(rows, heads, new, size).transpose(1, 2).contiguous()
+    """The attention of few tokens: with what is in the gaps of `keys` and `values`, which spares a
+    copy, a tenth of the time; keys times queries instead of the other way round; and in float32
+    between the two products.
+
+    `queries` (rows, key heads, head size, heads that share keys times new tokens) are multiplied
+    with `scores_scale` already, and `mask` is (rows or 1, 1, new tokens, tokens). Returns (rows,
+    key heads, heads that share keys times new tokens, head size).
+    """
+
+    def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        tokens = keys.shape[-2]
+        turned = with_room(keys) @ queries
+        scores = turned[..., :tokens, :].mT.to(torch.float32, memory_format=torch.contiguous_format)
+        if softcap is not None:
+            scores.tanh_()
+        if mask is not None:
+            by_token = _by_token(scores, mask)
+            torch.add(mask[:, :, None], by_token, alpha=softcap or 1, out=by_token)
+        elif softcap is not None:
+            scores *= softcap
+        with_gaps = with_room(values)
+        weights = queries.new_zeros(*scores.shape[:-1], with_gaps.shape[-2])
+        weights[..., :tokens] = scores.softmax(-1)
+        return weights @ with_gaps
+
+    return _in_cache(attend, queries.shape[-1], queries, keys, values)
 
 
 def _copies(queries: torch.Tensor) -> bool:
@@ -76,20 +103,32 @@ def _attend_many(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    new: int,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """`queries` (rows, key heads, heads that share keys times `new`, head size), and so returned;
-    `mask` (rows or 1, 1, 1, `new`, tokens).
+    """`queries` (rows, key heads, heads that share keys times new tokens, head size), and so
+    returned; `mask` as above.
     """
     scores = queries @ keys.mT
     scores *= scaling
     if softcap is not None:
         _tanh_(scores.div_(softcap)).mul_(softcap)
     if mask is not None:
-        _by_token(scores, new).add_(mask)
+        _by_token(scores, mask).add_(mask[:, :, None])
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+def _in_cache(
+    attend: Callable[..., torch.Tensor], each: int, *states: torch.Tensor
+) -> torch.Tensor:
+    """`attend` on queries, keys and values, of which each key head has `each` rows of scores. All
+    at once, what is between the operations may leave the processor's caches: twice the time.
+    """
+    rows, groups, tokens, _ = states[1].shape
+    if rows * groups * each * tokens <= SMALL:
+        return attend(*states)
+    heads = zip(*(torch.chunk(part, groups, 1) for part in states), strict=True)
+    return torch.cat([attend(*parts) for parts in heads], 1)
 
 
 def _tanh_(scores: torch.Tensor) -> torch.Tensor:
@@ -99,37 +138,10 @@ def _tanh_(scores: torch.Tensor) -> torch.Tensor:
     return scores.tanh_()
 
 
-def _attend_few(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    mask: torch.Tensor | None,
-    new: int,
-    scaling: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """The same with what is in the gaps, which spares a copy, a tenth of the time; keys times
-    queries instead of the other way round; and in float32 between the two products.
-    """
-    tokens = keys.shape[-2]
-    turned = with_room(keys) @ queries.mT
-    scores = turned[..., :tokens, :].mT.to(torch.float32, memory_format=torch.contiguous_format)
-    if softcap is None:
-        scores *= scaling
-    else:
-        scores.mul_(scaling / softcap).tanh_().mul_(softcap)
-    if mask is not None:
-        _by_token(scores, new).add_(mask)
-    with_gaps = with_room(values)
-    weights = queries.new_zeros(*scores.shape[:-1], with_gaps.shape[-2])
-    weights[..., :tokens] = scores.softmax(-1)
-    return weights @ with_gaps
-
-
-def _by_token(scores: torch.Tensor, new: int) -> torch.Tensor:
-    """Scores of all heads that share keys, as (rows, key heads, heads, `new`, tokens)."""
+def _by_token(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Scores of all heads that share keys, as (rows, key heads, heads, new tokens, tokens)."""
     rows, shared, _, tokens = scores.shape
-    return scores.view(rows, shared, -1, new, tokens)
+    return scores.view(rows, shared, -1, mask.shape[-2], tokens)
 
 
 def register_grouped() -> None:

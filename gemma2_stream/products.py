@@ -14,6 +14,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP
 
+from .attention import attend_few, scores_scale
+from .kv import CACHE_NAME
+
 # Beyond so many rows to arrange them takes longer than to arrange the weight.
 MANY = 64
 
@@ -37,8 +40,6 @@ def hasten(model: nn.Module) -> None:
         if type(module) is Gemma2MLP and _fuses(module):
             module.__class__ = FusedMLP
         elif type(module) is Gemma2Attention and type(module.q_proj) is RowLinear:
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                projection.__class__ = JoinedLinear
             module.__class__ = JoinedAttention
 
 
@@ -72,11 +73,15 @@ def _turned(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The product of x, shape (..., in), with `weight`, shape (out, in), as it leaves the
     processor: in memory, rows lie side by side.
     """
-    if x.numel() == x.shape[-1]:
-        product = torch.mv(weight, x.reshape(-1))
-    else:
-        product = torch.matmul(weight, x.reshape(-1, x.shape[-1]).mT).mT
-    return product.view(*x.shape[:-1], len(weight))
+    return _columns(x, weight).mT.view(*x.shape[:-1], len(weight))
+
+
+def _columns(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same as (out, rows), contiguous."""
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) == 1:
+        return torch.mv(weight, rows[0])[:, None]
+    return torch.matmul(weight, rows.mT)
 
 
 def _as_one(first: nn.Parameter, *others: nn.Parameter) -> torch.Tensor | None:
@@ -104,34 +109,66 @@ class RowLinear(nn.Linear):
         return _turned(x, self.weight).contiguous()
 
 
-class JoinedLinear(RowLinear):
-    """One of several products of the same x, which may be `ready` for it: (x, its product)."""
-
-    ready: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ready, self.ready = self.ready, None
-        # Another thread's forward on a model that is shared has an x of its own.
-        return ready[1] if ready is not None and ready[0] is x else super().forward(x)
-
-
 class JoinedAttention(Gemma2Attention):
-    """Attention whose queries, keys and values are one product of few rows."""
+    """Grouped attention of few rows: queries, keys and values are one product, and stay as it
+    leaves the processor, with a row's outputs apart, until attention wants them otherwise.
+    """
 
     @property
     def joined(self) -> list[Any]:
         return [self.q_proj, self.k_proj, self.v_proj]
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        projections = self.joined
-        if _few(hidden_states):
-            weights = [projection.weight for projection in projections]
-            if (weight := _as_one(*weights)) is not None:
-                product = _turned(hidden_states, weight).contiguous()
-                parts = torch.split(product, [len(weight) for weight in weights], -1)
-                for projection, part in zip(projections, parts, strict=True):
-                    projection.ready = hidden_states, part
-        return super().forward(hidden_states, *args, **kwargs)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        weight = self._weight() if _few(hidden_states) else None
+        if weight is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        (rows, new, _), size = hidden_states.shape, self.head_dim
+        product = _columns(hidden_states, weight).view(-1, size, rows, new)
+        shared = self.config.num_key_value_heads
+        heads = len(product) - 2 * shared
+        turned = _rotated(product[: heads + shared], *position_embeddings)
+        queries = turned[:heads].mul_(scores_scale(self.scaling, self.attn_logit_softcapping))
+        queries = queries.view(shared, -1, size, rows, new).permute(3, 0, 2, 1, 4)
+        queries = queries.to(product.dtype, memory_format=torch.contiguous_format)
+        keys = turned[heads:].to(product.dtype).permute(2, 0, 3, 1)
+        values = product[heads + shared :].permute(2, 0, 3, 1)
+        if (cache := kwargs.get(CACHE_NAME)) is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
+        output = attend_few(
+            queries.view(rows, shared, size, -1),
+            keys,
+            values,
+            attention_mask,
+            self.attn_logit_softcapping,
+        )
+        output = output.view(rows, heads, new, size).transpose(1, 2)
+        return self.o_proj(output.reshape(rows, new, -1)), None
+
+    def _weight(self) -> torch.Tensor | None:
+        """Of all three, where they lie behind one another and nobody wants other attention."""
+        joined = self.joined
+        if self.config._attn_implementation != "grouped" or {*map(type, joined)} != {RowLinear}:
+            return None
+        return _as_one(*(projection.weight for projection in joined))
+
+
+def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`states` (heads, head size, rows, new) at the positions of `cos` and `sin` (rows or 1, new,
+    head size), in float32.
+    """
+    heads, size, rows, new = states.shape
+    cos, sin = (each[..., : size // 2].permute(2, 0, 1).float() for each in (cos, sin))
+    halves = states.view(heads, 2, size // 2, rows, new).float()
+    turned = halves * cos
+    turned[:, 0].addcmul_(halves[:, 1], sin, value=-1)
+    turned[:, 1].addcmul_(halves[:, 0], sin)
+    return turned.view(states.shape)
 
 
 class HeadLinear(RowLinear):

@@ -102,7 +102,27 @@ def test_the_room_behind_the_tokens_is_read_and_weighs_nothing(new: int) -> None
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_few_tokens_scores_are_rounded_less_often_than_eager_s(masked: bool) -> None:
+def test_few_tokens_many_scores_are_computed_head_by_head(masked: bool) -> None:
+    """Behind a long context, of several rows, with room behind it."""
+    rows, new = 2, 30
+    tokens = SMALL // (rows * 4 * new) + 1
+    states = torch.randn(2, rows, 2, tokens, 16).bfloat16()
+    layer = KVLayer()
+    key, value = layer.update(*states)
+    assert with_room(key).shape[2] > tokens
+    query = torch.randn(rows, 4, new, 16).bfloat16()
+    mask = torch.zeros(rows, 1, new, tokens, dtype=torch.bfloat16) if masked else None
+    if mask is not None:
+        mask[1, ..., : tokens // 2] = torch.finfo(mask.dtype).min
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    theirs, _ = eager_attention_forward(module, query, *states, mask, scaling=0.25, softcap=5.0)
+    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.25, softcap=5.0)
+    assert torch.allclose(ours, theirs, atol=0.01)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_few_tokens_scores_scores_are_rounded_less_often_than_eager_s(masked: bool) -> None:
     states = torch.randn(3, 2, 4, 300, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     query, (key, value) = states[0, :, :, :2], states[1:, :, :2]
     mask = torch.zeros(2, 1, 2, 300, dtype=torch.bfloat16) if masked else None

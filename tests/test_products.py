@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from matrices import DTYPES, Calls, error, linear, no_grad  # noqa: F401  # a fi
 from tiny import random_gemma
 from torch import nn
 from torch.nn import functional
-from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2MLP
+from transformers import DynamicCache, StaticCache
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
+from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.kv import CACHE_NAME, KVCache
 from gemma2_stream.pages import enlarge
 from gemma2_stream.products import (
     BLOCK,
@@ -20,7 +24,6 @@ from gemma2_stream.products import (
     FusedMLP,
     HeadLinear,
     JoinedAttention,
-    JoinedLinear,
     RowLinear,
     hasten,
     neighbours,
@@ -136,43 +139,193 @@ def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert type(model.lm_head) is HeadLinear
     kinds = Counter(map(type, model.modules()))
-    assert kinds[RowLinear] == 4 * 4
-    assert kinds[JoinedLinear] == 4 * 3
+    assert kinds[RowLinear] == 4 * 7
     assert kinds[FusedMLP] == kinds[JoinedAttention] == 4
 
 
-# Queries, keys and values ------------------------------------------------------------------------
+# Attention ---------------------------------------------------------------------------------------
+
+# Scores come nowhere near 50 here.
+CAP = 10.0
 
 
-def joined_gemma() -> Gemma2ForCausalLM:
-    """Its queries, keys and values can be one product."""
-    model = random_gemma(vocab=320).bfloat16()
+def joined_gemma(model: Any) -> Any:
+    """A copy of `model` as the engine runs it: queries, keys and values can be one product."""
+    model = copy.deepcopy(model).bfloat16()
     hasten(model)
     enlarge(model, neighbours(model))
+    prefer_grouped(model)
     return model
 
 
-def logits(model: Gemma2ForCausalLM, rows: int) -> tuple[torch.Tensor, Calls]:
+def capped_gemma(softcap: float | None = CAP) -> Any:
+    """In float32, with weights that bfloat16 has too."""
+    model = random_gemma(vocab=320, query_pre_attn_scalar=4)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = softcap
+    return model
+
+
+def attended(model: Any, states: torch.Tensor, mask: torch.Tensor, past: int, cache: Any) -> Any:
+    """What the first attention of `model` makes of `states` (rows, tokens, 64) behind `past`."""
+    attention, dtype = model.model.layers[0].self_attn, model.dtype
+    positions = torch.arange(states.shape[1])[None]
+    embeddings = model.model.rotary_emb(states.bfloat16(), positions)
+    for part in (slice(0, past), slice(past, None)):
+        if part.stop != 0:
+            found, _ = attention(
+                hidden_states=states[:, part].to(dtype),
+                position_embeddings=tuple(each[:, part].to(dtype) for each in embeddings),
+                attention_mask=mask[..., part, : part.stop].to(dtype),
+                **{CACHE_NAME: cache},
+            )
+    return found
+
+
+def causal(rows: int, tokens: int) -> torch.Tensor:
+    """Of rows that don't begin at once, and within a window."""
+    ahead = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]
+    hidden = ((ahead > 0) | (ahead < -64)).expand(rows, 1, tokens, tokens).clone()
+    for row in range(rows):
+        hidden[row, ..., : row % 3 * 20] = True
+    return hidden * torch.finfo(torch.bfloat16).min
+
+
+def off(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    return (found - true).abs().mean()
+
+
+@pytest.mark.parametrize("softcap", [None, CAP])
+@pytest.mark.parametrize(("rows", "new"), [(1, 31), (1, MANY), (3, 5), (MANY, 1)])
+def test_attention_of_few_rows_is_nearer_to_float32_than_eager(
+    rows: int, new: int, softcap: float | None
+) -> None:
+    wide = capped_gemma(softcap)
+    states = torch.randn(rows, past := 100, 64)
+    states = torch.cat([states, torch.randn(rows, new, 64)], 1).bfloat16().float()
+    mask = causal(rows, past + new)
+    true = attended(wide, states, mask, past, KVCache())
+    eager = attended(copy.deepcopy(wide).bfloat16(), states, mask, past, KVCache())
     with Calls() as calls:
-        found = model(torch.arange(rows)[None]).logits
-    return found, calls
+        found = attended(joined_gemma(wide), states, mask, past, KVCache())
+    assert "addcmul_" in calls.names
+    assert (found.shape, found.dtype) == (true.shape, torch.bfloat16)
+    assert off(found, true) < (1 if softcap is None else 0.8) * off(eager, true)
+
+
+@pytest.mark.parametrize("softcap", [None, CAP])
+@pytest.mark.parametrize("kind", [type(None), KVCache, DynamicCache])
+def test_attention_of_few_rows_takes_any_cache(kind: Any, softcap: float | None) -> None:
+    """Or none, or no mask, and what is kept in it is bfloat16."""
+    wide = capped_gemma(softcap)
+    states, mask = torch.randn(2, 9, 64), torch.zeros(2, 1, 9, 9)
+    true = attended(wide, states, mask, 0, None)
+    joined, cache = joined_gemma(wide), kind()
+    masked = attended(joined, states, mask, 0, cache)
+    assert error(masked, true) < 0.03
+    if cache is not None:
+        assert cache.layers[0].keys.dtype == torch.bfloat16
+    embeddings = joined.model.rotary_emb(states.bfloat16(), torch.arange(9)[None])
+    found, _ = joined.model.layers[0].self_attn(states.bfloat16(), embeddings)
+    assert error(found, masked) < 0.01
+
+
+def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Of all that is no padding, fed in chunks, of which most are few rows."""
+    positions, parts = (mask.cumsum(-1) - 1).clamp(min=0), []
+    for ids_of, places in zip(
+        torch.split(ids, [90, 20, *[1] * 10], 1),
+        torch.split(positions, [90, 20, *[1] * 10], 1),
+        strict=True,
+    ):
+        end = sum(part.shape[1] for part in parts) + ids_of.shape[1]
+        parts.append(
+            model(
+                input_ids=ids_of,
+                attention_mask=mask[:, :end],
+                position_ids=places,
+                use_cache=True,
+                **{CACHE_NAME: cache},
+            ).logits.float()
+        )
+    return torch.cat(parts, 1)[mask == 1]
+
+
+@pytest.mark.parametrize("kind", [KVCache, DynamicCache, StaticCache])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int) -> None:
+    """Padded or not, below and beyond the sliding window of 64, whatever the cache."""
+    wide = capped_gemma()
+    ids = torch.randint(3, 320, (rows, 120))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 30 * row] = 0
+
+    def cache() -> Any:
+        if kind is StaticCache:
+            return kind(config=wide.config, max_cache_len=128)
+        return kind() if kind is KVCache else kind(config=wide.config)
+
+    true = logits(wide, ids, mask, KVCache())
+    eager = logits(copy.deepcopy(wide).bfloat16(), ids, mask, cache())
+    found = logits(joined_gemma(wide), ids, mask, cache())
+    assert off(found, true) < off(eager, true)
 
 
 @pytest.mark.parametrize("rows", [1, 2, MANY, MANY + 1])
 def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int) -> None:
-    """Which is the same as three, to the bit: that of weights that are no neighbours."""
-    model = joined_gemma()
+    """But not of weights that are no neighbours."""
+    ids = torch.arange(1, rows + 1)[None]
+    model = joined_gemma(random_gemma(vocab=320))
     parted = copy.deepcopy(model)
-    found, calls = logits(model, rows)
-    expected, others = logits(parted, rows)
-    assert torch.equal(found, expected)
+    with Calls() as calls:
+        found = model(ids).logits
+    with Calls() as others:
+        expected = parted(ids).logits
+    assert error(found, expected) < 0.05
     spared = 0 if rows > MANY else 2 * 4
     product = "mv" if rows == 1 else "matmul"
     assert others.names.count(product) - calls.names.count(product) == spared
 
 
+def test_a_hastened_gemma_can_be_asked_for_its_attentions() -> None:
+    """By who sets transformers' own."""
+    model = joined_gemma(random_gemma(vocab=320))
+    model.set_attn_implementation("eager")
+    attentions = model(torch.arange(5)[None], output_attentions=True).attentions
+    assert [each.shape for each in attentions] == [(1, 4, 5, 5)] * 4
+
+
+class Doubled(nn.Module):
+    """Like an adapter, which shows the weight that it changes the product of."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.base(x)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_a_product_that_was_changed_is_asked(name: str) -> None:
+    changed, doubled = joined_gemma(model := random_gemma(vocab=320)), copy.deepcopy(model)
+    attention = changed.model.layers[0].self_attn
+    setattr(attention, name, Doubled(getattr(attention, name)))
+    getattr(doubled.model.layers[0].self_attn, name).weight.mul_(2)
+    states, mask = torch.randn(1, 5, 64).bfloat16().float(), causal(1, 5)
+    found, true = (attended(each, states, mask, 0, None) for each in (changed, doubled))
+    assert error(found, true) < 0.03
+
+
 def test_neighbours_lie_behind_one_another_and_nothing_else_does() -> None:
-    weights = list(neighbours(joined_gemma()))
+    weights = list(neighbours(joined_gemma(random_gemma(vocab=320))))
     assert [len(three) for three in weights] == [3] * 4
     for three in weights:
         ends = [weight.data_ptr() + weight.nbytes for weight in three]
@@ -181,20 +334,9 @@ def test_neighbours_lie_behind_one_another_and_nothing_else_does() -> None:
 
 def test_a_joined_weight_can_be_written() -> None:
     """It is no copy."""
-    model = joined_gemma()
-    before, _ = logits(model, 3)
-    with torch.no_grad():
-        model.model.layers[0].self_attn.v_proj.weight[:16] = 0
-    after, _ = logits(model, 3)
-    assert not torch.equal(before, after)
-    assert torch.equal(after, logits(copy.deepcopy(model), 3)[0])
-
-
-def test_what_is_ready_for_another_input_is_not_used() -> None:
-    """Of a forward in another thread, say; or of one that an error has ended."""
-    projection = joined_gemma().model.layers[0].self_attn.q_proj
-    x, other = torch.randn(2, 1, 2, 64).bfloat16()
-    expected = projection(x)
-    projection.ready = other, torch.zeros_like(expected)
-    assert torch.equal(projection(x), expected)
-    assert projection.ready is None
+    model, ids = joined_gemma(random_gemma(vocab=320)), torch.arange(3)[None]
+    before = model(ids).logits
+    model.model.layers[0].self_attn.v_proj.weight[:16] = 0
+    after = model(ids).logits
+    assert error(before, after) > 0.1
+    assert error(copy.deepcopy(model)(ids).logits, after) < 0.05
