@@ -2,7 +2,7 @@
 
 Knows torch and transformers. The operations and their order are those of transformers' own
 `eager_attention_forward`, soft-capping included, which `sdpa` does not have; few tokens' scores in
-bfloat16 are rounded less often.
+bfloat16 are rounded less often, and their queries take the scale of the scores.
 """
 
 from __future__ import annotations
