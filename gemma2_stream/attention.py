@@ -85,8 +85,9 @@ def attend_few(
         elif softcap is not None:
             scores *= softcap
         with_gaps = with_room(values)
-        weights = queries.new_zeros(*scores.shape[:-1], with_gaps.shape[-2])
-        weights[..., :tokens] = scores.softmax(-1)
+        weights = queries.new_empty(*scores.shape[:-1], with_gaps.shape[-2])
+        weights[..., :tokens] = torch.softmax(scores, -1, out=scores)
+        weights[..., tokens:] = 0
         return weights @ with_gaps
 
     return _in_cache(attend, queries.shape[-1], queries, keys, values)

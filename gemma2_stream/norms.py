@@ -23,7 +23,7 @@ class InPlaceNorm(Gemma2RMSNorm):
     """`x / rms(x) * (1 + weight)` in float32, rounded once to x's dtype; x stays as it is."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.float32, copy=True)
+        wide = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         mean = length.square_().div_(x.shape[-1]).add_(self.eps)
         wide.mul_(mean.rsqrt_()).mul_(1.0 + self.weight.float())

@@ -37,9 +37,12 @@ def hasten(model: nn.Module) -> None:
     if type(head := getattr(model, "lm_head", None)) is RowLinear:
         head.__class__ = HeadLinear
     for module in model.modules():
-        if type(module) is Gemma2MLP and _fuses(module):
-            module.__class__ = FusedMLP
+        if type(module) is Gemma2MLP and type(module.gate_proj) is RowLinear:
+            module.down_proj.__class__ = TurnedLinear
+            if _fuses(module):
+                module.__class__ = FusedMLP
         elif type(module) is Gemma2Attention and type(module.q_proj) is RowLinear:
+            module.o_proj.__class__ = TurnedLinear
             module.__class__ = JoinedAttention
 
 
@@ -61,7 +64,7 @@ def _fuses(mlp: Gemma2MLP) -> bool:
     """Whether oneDNN has the matrix products of `mlp`, and what is between them."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    ready = torch.ops.mkldnn._is_mkldnn_bf16_supported() and type(mlp.gate_proj) is RowLinear
+    ready: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return ready and mlp.config.hidden_activation == "gelu_pytorch_tanh"
 
 
@@ -104,9 +107,16 @@ class RowLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _few(x):
             return functional.linear(x, self.weight)
-        # All that adds or normalizes them reads a row's outputs: beside one another, or it would
-        # take two to four times as long.
+        # What reads them reads a row's outputs: beside one another, or it would take two to four
+        # times as long.
         return _turned(x, self.weight).contiguous()
+
+
+class TurnedLinear(RowLinear):
+    """The same before a norm, which copies what it gets, and puts a row's outputs together."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _turned(x, self.weight) if _few(x) else functional.linear(x, self.weight)
 
 
 class JoinedAttention(Gemma2Attention):

@@ -17,6 +17,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream.attention import prefer_grouped
 from gemma2_stream.kv import CACHE_NAME, KVCache
+from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
 from gemma2_stream.products import (
     BLOCK,
@@ -25,6 +26,7 @@ from gemma2_stream.products import (
     HeadLinear,
     JoinedAttention,
     RowLinear,
+    TurnedLinear,
     hasten,
     neighbours,
 )
@@ -65,6 +67,24 @@ def test_few_rows_are_arranged_instead_of_the_weight(rows: int, product: str) ->
     assert error(found, expected) < 5e-3
 
 
+@pytest.mark.parametrize("rows", [1, 2, MANY, MANY + 1])
+def test_a_product_before_a_norm_is_left_turned_for_it(rows: int) -> None:
+    model = random_gemma(vocab=320).bfloat16()
+    hasten(model)
+    ease(model)
+    layer = model.model.layers[0]
+    for product, norm in (
+        (layer.self_attn.o_proj, layer.post_attention_layernorm),
+        (layer.mlp.down_proj, layer.post_feedforward_layernorm),
+    ):
+        x = torch.randn(1, rows, product.in_features).bfloat16()
+        found = product(x)
+        assert error(found, functional.linear(x.float(), product.weight.float())) < 5e-3
+        assert found.is_contiguous() == (rows in (1, MANY + 1))
+        assert norm(found).is_contiguous()
+        assert torch.equal(norm(found), norm(found.contiguous()))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 64), (1, MANY + 1, 64), (5, 20, 64)])
 def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...]) -> None:
     """Of few rows and of many, whose activation is not rounded on the way."""
@@ -96,7 +116,7 @@ def test_an_mlp_with_another_activation_is_not_fused() -> None:
     mlp.config.hidden_activation = "relu"
     hasten(mlp)
     assert type(mlp) is Gemma2MLP
-    assert type(mlp.down_proj) is RowLinear
+    assert type(mlp.gate_proj) is RowLinear
 
 
 def test_a_row_has_its_logits_side_by_side() -> None:
@@ -139,7 +159,8 @@ def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert type(model.lm_head) is HeadLinear
     kinds = Counter(map(type, model.modules()))
-    assert kinds[RowLinear] == 4 * 7
+    assert kinds[RowLinear] == 4 * 5
+    assert kinds[TurnedLinear] == 4 * 2
     assert kinds[FusedMLP] == kinds[JoinedAttention] == 4
 
 
