@@ -44,6 +44,8 @@ def hasten(model: nn.Module) -> None:
         elif type(module) is Gemma2Attention and type(module.q_proj) is RowLinear:
             module.o_proj.__class__ = TurnedLinear
             module.__class__ = JoinedAttention
+    if any(isinstance(module, RowLinear) for module in model.modules()):
+        model.requires_grad_(False)  # oneDNN's products, and what is done in place, have none
 
 
 def neighbours(model: nn.Module) -> Iterator[list[nn.Parameter]]:

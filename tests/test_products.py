@@ -137,10 +137,24 @@ def test_a_head_of_many_blocks_is_the_same_head(rows: int) -> None:
     assert head(x).dtype == torch.float32
 
 
+@pytest.mark.parametrize("rows", [1, 3, MANY + 1])
+def test_a_forward_outside_of_no_grad_is_the_same_forward(rows: int) -> None:
+    """What is loaded for speed has no gradients, and says so by its weights."""
+    model = joined_gemma(random_gemma(vocab=320))
+    ids = torch.arange(rows)[None]
+    expected = model(ids).logits
+    with torch.enable_grad():
+        found = model(ids).logits
+    assert torch.equal(found, expected)
+    assert not found.requires_grad
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
 def test_in_float32_nothing_is_changed() -> None:
     model = random_gemma(vocab=320)
     before = [type(module) for module in model.modules()]
     hasten(model)
+    assert all(weight.requires_grad for weight in model.parameters())
     assert [type(module) for module in model.modules()] == before
 
 
