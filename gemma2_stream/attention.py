@@ -94,9 +94,11 @@ def attend_few(
 
 
 def _copies(queries: torch.Tensor) -> bool:
-    """Whether torch would copy all keys and values, which have gaps, to multiply a token's few."""
+    """Whether torch would copy all keys and values, which have gaps, to multiply a token's few. Who
+    wants gradients pays for that: they don't come back from what is written in place.
+    """
     few = queries.shape[-2] <= FEW and queries.device.type == "cpu"
-    return few and queries.dtype == torch.bfloat16
+    return few and queries.dtype == torch.bfloat16 and not queries.requires_grad
 
 
 def _attend_many(

@@ -61,6 +61,28 @@ def test_it_computes_what_eager_computes(dtype: torch.dtype, rows: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("new", [1, 3, 70])
+def test_a_forward_outside_of_no_grad_is_the_same_forward(dtype: torch.dtype, new: int) -> None:
+    """A caller's own, on the weights of the engine."""
+    model = random_gemma(vocab=500).to(dtype)
+    prefer_grouped(model)
+    ids = torch.arange(3, 3 + new)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+    found = model(ids).logits
+    assert found.requires_grad
+    assert torch.allclose(found, expected, atol=1e-6 if dtype == torch.float32 else 0.2)
+
+
+def attended(attention: Any, *states: torch.Tensor | None) -> torch.Tensor:
+    """Of queries, keys and values, of which two heads share one, and a mask."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    found: torch.Tensor = attention(module, *states, scaling=0.25, softcap=5.0)[0]
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_many_scores_are_computed_head_by_head(dtype: torch.dtype, rows: int) -> None:
     """And each of them comes to its own place."""
@@ -69,11 +91,8 @@ def test_many_scores_are_computed_head_by_head(dtype: torch.dtype, rows: int) ->
     query, key, value = (torch.randn(shape, dtype=dtype) for shape in shapes)
     mask = torch.zeros(rows, 1, new, tokens, dtype=dtype)
     mask[..., tokens // 2 :] = torch.finfo(dtype).min
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2
-    given = (query, key, value, mask)
-    theirs, _ = eager_attention_forward(module, *given, scaling=0.25, softcap=5.0)
-    ours, _ = grouped_attention(module, *given, scaling=0.25, softcap=5.0)
+    theirs = attended(eager_attention_forward, query, key, value, mask)
+    ours = attended(grouped_attention, query, key, value, mask)
     assert ours.shape == (rows, new, 4, 16)
     assert torch.allclose(ours, theirs, atol=1e-6 if dtype == torch.float32 else 0.01)
 
@@ -94,10 +113,8 @@ def test_the_room_behind_the_tokens_is_read_and_weighs_nothing(new: int) -> None
         room[:, :, 100:] = 1000.0  # of a row that was longer, and had it been seen
     query = torch.randn(3, 4, new, 16, dtype=torch.bfloat16)
     mask = torch.zeros(1, 1, new, 100, dtype=torch.bfloat16)
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2
-    theirs, _ = eager_attention_forward(module, query, *states, mask, scaling=0.25, softcap=5.0)
-    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.25, softcap=5.0)
+    theirs = attended(eager_attention_forward, query, *states, mask)
+    ours = attended(grouped_attention, query, key, value, mask)
     assert torch.allclose(ours, theirs, atol=0.02)
 
 
@@ -114,15 +131,13 @@ def test_few_tokens_many_scores_are_computed_head_by_head(masked: bool) -> None:
     mask = torch.zeros(rows, 1, new, tokens, dtype=torch.bfloat16) if masked else None
     if mask is not None:
         mask[1, ..., : tokens // 2] = torch.finfo(mask.dtype).min
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2
-    theirs, _ = eager_attention_forward(module, query, *states, mask, scaling=0.25, softcap=5.0)
-    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.25, softcap=5.0)
+    theirs = attended(eager_attention_forward, query, *states, mask)
+    ours = attended(grouped_attention, query, key, value, mask)
     assert torch.allclose(ours, theirs, atol=0.01)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_few_tokens_scores_scores_are_rounded_less_often_than_eager_s(masked: bool) -> None:
+def test_few_tokens_scores_are_rounded_less_often_than_eager_s(masked: bool) -> None:
     states = torch.randn(3, 2, 4, 300, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     query, (key, value) = states[0, :, :, :2], states[1:, :, :2]
     mask = torch.zeros(2, 1, 2, 300, dtype=torch.bfloat16) if masked else None
