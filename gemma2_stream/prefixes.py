@@ -92,7 +92,7 @@ class PrefixCache:
         if common < len(last.ids):
             self._split(last, common)
         whole = states.rooms and 2 * states.held <= 3 * states.nbytes
-        if whole and self._go_on(last, path, ids, states):
+        if whole and self._go_on(path, ids, states):
             return
         if whole and known <= _FRONT and self._make_room(states.held, path):
             new = _Node(ids[known:], states, known, last)
@@ -124,13 +124,12 @@ class PrefixCache:
                 return
             node, at = child, at + common
 
-    def _go_on(
-        self, last: _Node, path: Sequence[_Node], ids: Sequence[int], states: States
-    ) -> bool:
-        """Let `last` be all of `ids` that it was not, with the rooms of `states`, if nothing else
-        follows it, and little comes before it.
+    def _go_on(self, path: Sequence[_Node], ids: Sequence[int], states: States) -> bool:
+        """Let the last on `path` have the rest of `ids` too, with the rooms of `states`, if nothing
+        else follows it, and little comes before it.
         """
-        before = sum(len(node.ids) for node in path[:-1])
+        *above, last = path
+        before = sum(len(node.ids) for node in above)
         more = states.held - last.states.held
         if last is self._root or last.children or before > _FRONT:
             return False

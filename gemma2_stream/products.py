@@ -45,7 +45,8 @@ def hasten(model: nn.Module) -> None:
             module.o_proj.__class__ = TurnedLinear
             module.__class__ = JoinedAttention
     if any(isinstance(module, RowLinear) for module in model.modules()):
-        model.requires_grad_(False)  # oneDNN's products, and what is done in place, have none
+        # They don't come back from oneDNN's products, nor from what is written in place.
+        model.requires_grad_(False)
 
 
 def neighbours(model: nn.Module) -> Iterator[list[nn.Parameter]]:
@@ -101,24 +102,23 @@ def _as_one(first: nn.Parameter, *others: nn.Parameter) -> torch.Tensor | None:
     return first.as_strided((outs, first.shape[1]), first.stride())
 
 
-class RowLinear(nn.Linear):
+class TurnedLinear(nn.Linear):
     """`nn.Linear` without bias in bfloat16; few rows of x, shape (..., in), take the product the
-    other way round, in which it is they that are arranged, and the weight is read as it is.
+    other way round, in which it is they that are arranged, and the weight is read as it is. Their
+    outputs stay apart: for a norm, which copies what it gets, and puts them together.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _few(x):
-            return functional.linear(x, self.weight)
-        # What reads them reads a row's outputs: beside one another, or it would take two to four
-        # times as long.
-        return _turned(x, self.weight).contiguous()
+        return _turned(x, self.weight) if _few(x) else functional.linear(x, self.weight)
 
 
-class TurnedLinear(RowLinear):
-    """The same before a norm, which copies what it gets, and puts a row's outputs together."""
+class RowLinear(TurnedLinear):
+    """The same for whatever reads a row's outputs: beside one another, or it would take two to four
+    times as long.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _turned(x, self.weight) if _few(x) else functional.linear(x, self.weight)
+        return super().forward(x).contiguous()
 
 
 class JoinedAttention(Gemma2Attention):
