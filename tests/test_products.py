@@ -22,6 +22,7 @@ from gemma2_stream.pages import enlarge
 from gemma2_stream.products import (
     BLOCK,
     MANY,
+    SOME,
     FusedMLP,
     HeadLinear,
     JoinedAttention,
@@ -32,13 +33,21 @@ from gemma2_stream.products import (
 )
 
 
+@pytest.fixture(params=[True, False], ids=["amx", "no-amx"])
+def amx(request: pytest.FixtureRequest) -> bool:
+    """As if the processor had matrix units, or none: both ways run on each."""
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (3, 64), (2, 5, 64), (0, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_hastened_product_is_the_same_product(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_hastened_product_is_the_same_product(
+    shape: tuple[int, ...], dtype: torch.dtype, amx: bool
+) -> None:
     """Whatever the rows and the shape, which stays."""
     module, x = linear(dtype=dtype), torch.randn(shape, dtype=dtype)
     expected = functional.linear(x.float(), module.weight.float())
-    hasten(module)
+    hasten(module, amx=amx)
     found = module(x)
     assert found.shape == expected.shape
     assert found.dtype == dtype
@@ -46,19 +55,38 @@ def test_a_hastened_product_is_the_same_product(shape: tuple[int, ...], dtype: t
         assert error(found, expected) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
-def test_a_hastened_product_takes_any_strides() -> None:
-    module, wide = linear(), torch.randn(1, 1, 128, dtype=torch.bfloat16)
-    hasten(module)
+@pytest.mark.parametrize("rows", [1, 2, SOME])
+def test_a_hastened_product_takes_any_strides(rows: int, amx: bool) -> None:
+    module, wide = linear(), torch.randn(1, rows, 128, dtype=torch.bfloat16)
+    hasten(module, amx=amx)
     assert torch.equal(module(wide[..., ::2]), module(wide[..., ::2].contiguous()))
 
 
 @pytest.mark.parametrize(
-    ("rows", "product"), [(1, "mv"), (2, "matmul"), (MANY, "matmul"), (MANY + 1, "linear")]
+    ("amx", "ins", "rows", "product"),
+    [
+        (True, 64, 1, "mv"),
+        (True, 64, 2, "matmul"),
+        (True, 64, MANY, "matmul"),
+        (True, 64, MANY + 1, "linear"),
+        (True, 2048, 2, "matmul"),
+        (False, 64, 1, "linear"),
+        (False, 64, SOME - 1, "linear"),
+        (False, 64, SOME, "matmul"),
+        (False, 64, MANY, "matmul"),
+        (False, 64, MANY + 1, "linear"),
+        (False, 2048, SOME, "linear"),
+    ],
 )
-def test_few_rows_are_arranged_instead_of_the_weight(rows: int, product: str) -> None:
-    module, x = linear(), torch.randn(1, rows, 64, dtype=torch.bfloat16)
+def test_few_rows_are_arranged_instead_of_the_weight(
+    amx: bool, ins: int, rows: int, product: str
+) -> None:
+    """How few, and whether one has a way of its own, is the processor's; in 2,048 places of the
+    cache lie too many of a weight's rows.
+    """
+    module, x = linear(ins=ins), torch.randn(1, rows, ins, dtype=torch.bfloat16)
     expected = module(x)
-    hasten(module)
+    hasten(module, amx=amx)
     with Calls() as calls:
         found = module(x)
     assert {"mv", "matmul", "linear"} & {*calls.names} == {product}
@@ -67,10 +95,17 @@ def test_few_rows_are_arranged_instead_of_the_weight(rows: int, product: str) ->
     assert error(found, expected) < 5e-3
 
 
-@pytest.mark.parametrize("rows", [1, 2, MANY, MANY + 1])
-def test_a_product_before_a_norm_is_left_turned_for_it(rows: int) -> None:
+def test_whether_there_are_matrix_units_is_asked_of_the_processor() -> None:
+    asked, told = linear(), linear()
+    hasten(asked)
+    hasten(told, amx=bool(torch.cpu.get_capabilities().get("amx_bf16")))
+    assert asked.turns_from == told.turns_from
+
+
+@pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
+def test_a_product_before_a_norm_is_left_turned_for_it(rows: int, amx: bool) -> None:
     model = random_gemma(vocab=320).bfloat16()
-    hasten(model)
+    hasten(model, amx=amx)
     ease(model)
     layer = model.model.layers[0]
     for product, norm in (
@@ -80,31 +115,33 @@ def test_a_product_before_a_norm_is_left_turned_for_it(rows: int) -> None:
         x = torch.randn(1, rows, product.in_features).bfloat16()
         found = product(x)
         assert error(found, functional.linear(x.float(), product.weight.float())) < 5e-3
-        assert found.is_contiguous() == (rows in (1, MANY + 1))
+        assert found.is_contiguous() == (rows in ((1,) if amx else (1, 2)) or rows > MANY)
         assert norm(found).is_contiguous()
         assert torch.equal(norm(found), norm(found.contiguous()))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 64), (3, 1, 64), (1, MANY + 1, 64), (5, 20, 64)])
-def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 64), (3, 1, 64), (SOME, 1, 64), (1, MANY + 1, 64), (5, 20, 64)]
+)
+def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...], amx: bool) -> None:
     """Of few rows and of many, whose activation is not rounded on the way."""
     mlp = random_gemma(vocab=320).model.layers[0].mlp
     x = torch.randn(shape).bfloat16()
     expected = mlp(x.float())
-    hasten(mlp.bfloat16())
+    hasten(mlp.bfloat16(), amx=amx)
     found = mlp(x)
     assert type(mlp) is FusedMLP
     assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
     assert error(found, expected) < 0.02
 
 
-@pytest.mark.parametrize("rows", [2, MANY + 1])
-def test_nothing_is_rounded_on_the_way_through_an_mlp(rows: int) -> None:
+@pytest.mark.parametrize("rows", [2, SOME, MANY + 1])
+def test_nothing_is_rounded_on_the_way_through_an_mlp(rows: int, amx: bool) -> None:
     """What follows the products of gate and up is part of them, turned or not."""
     mlp = random_gemma(vocab=320).bfloat16().model.layers[0].mlp
     x = torch.randn(1, rows, 64).bfloat16()
     true, rounded = copy.deepcopy(mlp).float()(x.float()), mlp(x)
-    hasten(mlp)
+    hasten(mlp, amx=amx)
     with Calls() as calls:
         found = mlp(x)
     assert not {"gelu", "mul", "mul_"} & {*calls.names}
@@ -119,28 +156,30 @@ def test_an_mlp_with_another_activation_is_not_fused() -> None:
     assert type(mlp.gate_proj) is RowLinear
 
 
-def test_a_row_has_its_logits_side_by_side() -> None:
+@pytest.mark.parametrize("rows", [1, 5, SOME])
+def test_a_row_has_its_logits_side_by_side(rows: int, amx: bool) -> None:
     model = random_gemma(vocab=320).bfloat16()
-    hasten(model)
-    logits = model(torch.zeros(5, 1, dtype=torch.int64)).logits
+    hasten(model, amx=amx)
+    logits = model(torch.zeros(rows, 1, dtype=torch.int64)).logits
     assert logits.is_contiguous()
     assert logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("rows", [1, 2, MANY, MANY + 1])
-def test_a_head_of_many_blocks_is_the_same_head(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
+def test_a_head_of_many_blocks_is_the_same_head(rows: int, amx: bool) -> None:
     head = linear(outs=2 * BLOCK + 96)
     expected = functional.linear(x := torch.randn(1, rows, 64).bfloat16(), head.weight)
+    hasten(head, amx=amx)
     head.__class__ = HeadLinear
     assert error(head(x), expected) < 5e-3
     assert head(x).is_contiguous()
     assert head(x).dtype == torch.float32
 
 
-@pytest.mark.parametrize("rows", [1, 3, MANY + 1])
-def test_a_forward_outside_of_no_grad_is_the_same_forward(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, SOME, MANY + 1])
+def test_a_forward_outside_of_no_grad_is_the_same_forward(rows: int, amx: bool) -> None:
     """What is loaded for speed has no gradients, and says so by its weights."""
-    model = joined_gemma(random_gemma(vocab=320))
+    model = joined_gemma(random_gemma(vocab=320), amx)
     ids = torch.arange(rows)[None]
     expected = model(ids).logits
     with torch.enable_grad():
@@ -184,10 +223,10 @@ def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
 CAP = 10.0
 
 
-def joined_gemma(model: Any) -> Any:
+def joined_gemma(model: Any, amx: bool = True) -> Any:
     """A copy of `model` as the engine runs it: queries, keys and values can be one product."""
     model = copy.deepcopy(model).bfloat16()
-    hasten(model)
+    hasten(model, amx=amx)
     enlarge(model, neighbours(model))
     prefer_grouped(model)
     return model
@@ -233,9 +272,9 @@ def off(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("softcap", [None, CAP])
-@pytest.mark.parametrize(("rows", "new"), [(1, 31), (1, MANY), (3, 5), (MANY, 1)])
+@pytest.mark.parametrize(("rows", "new"), [(1, 6), (1, 31), (1, MANY), (3, 5), (MANY, 1)])
 def test_attention_of_few_rows_is_nearer_to_float32_than_eager(
-    rows: int, new: int, softcap: float | None
+    rows: int, new: int, softcap: float | None, amx: bool
 ) -> None:
     wide = capped_gemma(softcap)
     states = torch.randn(rows, past := 100, 64)
@@ -244,7 +283,7 @@ def test_attention_of_few_rows_is_nearer_to_float32_than_eager(
     true = attended(wide, states, mask, past, KVCache())
     eager = attended(copy.deepcopy(wide).bfloat16(), states, mask, past, KVCache())
     with Calls() as calls:
-        found = attended(joined_gemma(wide), states, mask, past, KVCache())
+        found = attended(joined_gemma(wide, amx), states, mask, past, KVCache())
     assert "addcmul_" in calls.names
     assert (found.shape, found.dtype) == (true.shape, torch.bfloat16)
     assert off(found, true) < (1 if softcap is None else 0.8) * off(eager, true)
@@ -290,7 +329,7 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tor
 
 @pytest.mark.parametrize("kind", [KVCache, DynamicCache, StaticCache])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int) -> None:
+def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int, amx: bool) -> None:
     """Padded or not, below and beyond the sliding window of 64, whatever the cache."""
     wide = capped_gemma()
     ids = torch.randint(3, 320, (rows, 120))
@@ -305,15 +344,15 @@ def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int) 
 
     true = logits(wide, ids, mask, KVCache())
     eager = logits(copy.deepcopy(wide).bfloat16(), ids, mask, cache())
-    found = logits(joined_gemma(wide), ids, mask, cache())
+    found = logits(joined_gemma(wide, amx), ids, mask, cache())
     assert off(found, true) < off(eager, true)
 
 
-@pytest.mark.parametrize("rows", [1, 2, MANY, MANY + 1])
-def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
+def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int, amx: bool) -> None:
     """But not of weights that are no neighbours."""
     ids = torch.arange(1, rows + 1)[None]
-    model = joined_gemma(random_gemma(vocab=320))
+    model = joined_gemma(random_gemma(vocab=320), amx)
     parted = copy.deepcopy(model)
     with Calls() as calls:
         found = model(ids).logits
@@ -321,7 +360,7 @@ def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int) -> None:
         expected = parted(ids).logits
     assert error(found, expected) < 0.05
     spared = 0 if rows > MANY else 2 * 4
-    product = "mv" if rows == 1 else "matmul"
+    product = ("mv" if rows == 1 else "matmul") if rows >= SOME or amx else "linear"
     assert others.names.count(product) - calls.names.count(product) == spared
 
 
