@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .compiled import compilation
 from .products import is_plain
 
 # `_weight_int8pack_mm` gains up to here, and loses beyond: measured on Gemma-2-2b's shapes.
@@ -41,6 +42,7 @@ def shrink(model: nn.Module, dtype: torch.dtype) -> None:
     One weight after the other, so that no more than one is there twice; tied ones stay tied.
     """
     packs = dtype in (torch.float32, torch.bfloat16) and _packs()
+    compilation()  # now, and not in the middle of an answer
     for modules in list(_by_weight(model)):
         narrow, scale = _narrowed(modules[0].weight.data, dtype)
         shared = nn.Parameter(narrow, requires_grad=False)
@@ -166,7 +168,10 @@ class Int8Linear(nn.Linear):
         if self.weight.is_mkldnn:
             return self._packed(x)
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= FEW:
+        products = compilation().products
+        if products is not None and products.takes(rows, self.weight):
+            product = products(rows, self.weight).mul_(self.scale).to(x.dtype)
+        elif len(rows) <= FEW:
             product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:
             blocks = torch.split(self.weight, max(1, WIDE // self.in_features))

@@ -6,8 +6,8 @@ Gemma 2's attention and MLP, and nothing of who decides what is wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, TypeGuard, cast
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import nn
@@ -15,12 +15,13 @@ from torch.nn import functional
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP
 
 from .attention import attend_few, scores_scale
+from .compiled import MOST, compilation
 from .kv import CACHE_NAME
 
 # Beyond so many rows to arrange them takes longer than to arrange the weight.
 MANY = 64
 
-# Rows from which to arrange them pays without the matrix units of AMX.
+# Rows from which to arrange them pays without AMX, if torch has all products.
 SOME = 7
 
 # Rows of the head that are turned at once: few enough for the cache of a core.
@@ -30,19 +31,28 @@ BLOCK = 4096
 ALIAS = 4096
 
 
-def hasten(model: nn.Module, *, amx: bool | None = None) -> None:
+class Few(NamedTuple):
+    """How few rows are multiplied soonest with a weight."""
+
+    # Rows from which they are arranged, so that the weight is read as it is; MANY is the most.
+    turned_from: int
+    # For fewer: the product of rows (n, in) with the weight (out, in), as (n, out).
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def hasten(model: nn.Module, few: Callable[[torch.Tensor], Few] | None = None) -> None:
     """Let products read their weights nearer to the speed of memory, and keep the weights.
 
     For each product `F.linear` arranges bfloat16 anew for the processor's matrix units, a sixth to
     a third of its time; few rows are multiplied without that. Many pay for it, and have what
-    follows a product in Gemma 2's MLP computed while it is still at hand. `amx` says whether the
-    processor has such units; None asks it.
+    follows a product in Gemma 2's MLP computed while it is still at hand. `few` says how for each
+    weight; None is what was measured to be best for the processor.
     """
-    amx = _has_amx() if amx is None else amx
+    few = few or best_here()
     for module in model.modules():
         if is_plain(module) and module.weight.dtype == torch.bfloat16:
             module.__class__ = RowLinear
-            cast(RowLinear, module).turns_from = _turns_from(module.weight, amx)
+            cast(RowLinear, module).few = few(module.weight)
     if type(head := getattr(model, "lm_head", None)) is RowLinear:
         head.__class__ = HeadLinear
     for module in model.modules():
@@ -80,35 +90,71 @@ def _fuses(mlp: Gemma2MLP) -> bool:
     return ready and mlp.config.hidden_activation == "gelu_pytorch_tanh"
 
 
-def _has_amx() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+def best_here() -> Callable[[torch.Tensor], Few]:
+    """Which of the following is for this processor. May compile, once in a process."""
+    units = torch.cpu.get_capabilities()
+    if units.get("amx_bf16"):
+        return with_amx
+    if not units.get("avx512_bf16"):
+        return with_neither
+    return with_avx512 if compilation().products is None else with_compiler
 
 
-def _turns_from(weight: torch.Tensor, amx: bool) -> int:
-    """Rows from which a product with `weight` takes less time when it is they that are arranged.
+def with_amx(_: torch.Tensor) -> Few:
+    """Measured on processors of Intel."""
+    return Few(2, _by_vector)
 
-    As measured on processors of Intel with AMX, and of AMD (Zen 4) with AVX512-BF16.
-    """
-    if amx:
-        return 1
-    return SOME if weight.stride(0) * weight.itemsize % ALIAS else MANY + 1
+
+def with_avx512(weight: torch.Tensor) -> Few:
+    """AVX512-BF16, measured on Zen 4."""
+    return Few(MANY + 1 if _aliases(weight) else SOME, _two_by_two)
+
+
+def with_compiler(weight: torch.Tensor) -> Few:
+    """The same, and what compiled.py has."""
+    return Few(MANY + 1 if _aliases(weight) else MOST + 1, _compiled)
+
+
+def with_neither(_: torch.Tensor) -> Few:
+    """Seen on Zen 4 with either unit hidden from oneDNN and torch."""
+    return Few(MANY + 1, _by_vector)
+
+
+def _aliases(weight: torch.Tensor) -> bool:
+    """Then a product that reads it as it is takes twice as long."""
+    return weight.stride(0) * weight.itemsize % ALIAS == 0
+
+
+def _by_vector(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if len(rows) == 1:
+        return torch.mv(weight, rows[0])[None]
+    return functional.linear(rows, weight)
+
+
+def _two_by_two(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Two rows take less time than one."""
+    several = rows.expand(2, -1) if len(rows) == 1 else rows
+    return functional.linear(several, weight)[: len(rows)]
+
+
+def _compiled(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    products = compilation().products
+    if products is None or not products.takes(rows, weight):
+        return _two_by_two(rows, weight)
+    return products(rows, weight).to(rows.dtype)
 
 
 def _few(x: torch.Tensor) -> bool:
     return x.numel() <= MANY * x.shape[-1]
 
 
-def _columns(x: torch.Tensor, weight: torch.Tensor, turns_from: int) -> torch.Tensor:
+def _columns(x: torch.Tensor, weight: torch.Tensor, few: Few) -> torch.Tensor:
     """The product of few rows x, shape (..., in), with `weight`, shape (out, in), as it leaves the
-    processor: as (out, rows), contiguous from `turns_from` rows on.
+    processor: as (out, rows), contiguous where rows are turned.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) < turns_from:
-        # Two rows take less time than one.
-        several = rows.expand(2, -1) if len(rows) == 1 else rows
-        return functional.linear(several, weight)[: len(rows)].mT
-    if len(rows) == 1:
-        return torch.mv(weight, rows[0])[:, None]
+    if len(rows) < few.turned_from:
+        return few.product(rows, weight).mT
     return torch.matmul(weight, rows.mT)
 
 
@@ -130,12 +176,12 @@ class TurnedLinear(nn.Linear):
     outputs stay apart: for a norm, which copies what it gets, and puts them together.
     """
 
-    turns_from = 1
+    few: Few
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _few(x):
             return functional.linear(x, self.weight)
-        return _columns(x, self.weight, self.turns_from).mT.view(*x.shape[:-1], len(self.weight))
+        return _columns(x, self.weight, self.few).mT.view(*x.shape[:-1], len(self.weight))
 
 
 class RowLinear(TurnedLinear):
@@ -167,7 +213,7 @@ class JoinedAttention(Gemma2Attention):
         if weight is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         (rows, new, _), size = hidden_states.shape, self.head_dim
-        product = _columns(hidden_states, weight, self.joined[0].turns_from)
+        product = _columns(hidden_states, weight, self.joined[0].few)
         product = product.view(-1, size, rows, new)
         shared = self.config.num_key_value_heads
         heads = len(product) - 2 * shared
@@ -238,13 +284,10 @@ class FusedMLP(Gemma2MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) == 1:
+        if _few(x) and len(rows) < cast(RowLinear, self.gate_proj).few.turned_from:
             return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
         gate, up = self.gate_proj.weight, self.up_proj.weight
-        if cast(RowLinear, self.gate_proj).turns_from <= len(rows) <= MANY:
-            gated = _gated(gate, rows, up, rows).mT
-        else:
-            gated = _gated(rows, gate, rows, up)
+        gated = _gated(gate, rows, up, rows).mT if _few(x) else _gated(rows, gate, rows, up)
         return self.down_proj(gated.view(*x.shape[:-1], -1))  # type: ignore[no-any-return]
 
 

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 import gemma2_stream
 from gemma2_stream import Gemma2LLM, GenerationTimeoutError
 from gemma2_stream.cli import main
+from gemma2_stream.compiled import compilation
 
 ROOT = Path(gemma2_stream.__file__).parent.parent
 COMMAND = [sys.executable, "-m", "gemma2_stream"]
@@ -392,6 +393,8 @@ def test_info_tells_the_preset_and_why(
     result = run("info", "--model", endless, "--preset", preset, *place)
     facts = dict(line.split(maxsplit=1) for line in result.out.splitlines())
     assert facts["preset"].startswith(f"{chosen} (")
+    told = facts.get("products")
+    assert told == (None if chosen == "exact" else compilation().reason)
     count = int(facts["parameters"].split()[0].replace(",", ""))
     assert f"({memory * count / 1e9:.2f} GB" in facts["parameters"]
 

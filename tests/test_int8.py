@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from gemma2_stream import int8
+from gemma2_stream.compiled import compilation
 from gemma2_stream.int8 import FEW, WIDE, Int8Embedding, Int8Linear, shrink
 
 ROWS = (1, 2, FEW, FEW + 1, 40)
@@ -129,13 +130,20 @@ def test_a_packed_weight_is_there_once() -> None:
     assert error(table(ids), true[ids]) < 0.01
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", ROWS)
-def test_few_rows_read_int8_and_many_are_widened(rows: int) -> None:
-    module = shrunk(linear(), packs=False)
+def test_few_rows_read_int8_and_many_are_widened(rows: int, dtype: torch.dtype) -> None:
+    """By what is compiled, in bfloat16, where something is."""
+    module, x = linear(dtype=dtype), torch.randn(1, rows, 64, dtype=dtype)
+    true = functional.linear(x, module.weight)
+    shrunk(module, dtype, packs=False)
     with Calls() as calls:
-        module(torch.randn(1, rows, 64, dtype=torch.bfloat16))
+        found = module(x)
+    compiled = dtype == torch.bfloat16 and compilation().products is not None
     packed = "_weight_int8pack_mm" in calls.names
-    assert (packed, "linear" in calls.names) == (rows <= FEW, rows > FEW)
+    assert (packed, "linear" in calls.names) == (rows <= FEW and not compiled, rows > FEW)
+    assert (found.shape, found.dtype) == (true.shape, dtype)
+    assert error(found, true) < 0.015
 
 
 def test_many_rows_go_through_blocks() -> None:

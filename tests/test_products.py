@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.compiled import MOST, compilation
 from gemma2_stream.kv import CACHE_NAME, KVCache
 from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
@@ -23,31 +25,48 @@ from gemma2_stream.products import (
     BLOCK,
     MANY,
     SOME,
+    Few,
     FusedMLP,
     HeadLinear,
     JoinedAttention,
     RowLinear,
     TurnedLinear,
+    best_here,
     hasten,
     neighbours,
+    with_amx,
+    with_avx512,
+    with_compiler,
+    with_neither,
+)
+
+WAYS = (with_amx, with_avx512, with_compiler, with_neither)
+Way = Callable[[torch.Tensor], Few]
+
+COMPILED = pytest.mark.skipif(
+    compilation().products is None,
+    reason=f"products are {compilation().reason}: needs AVX512-BF16 without AMX, and a C compiler",
 )
 
 
-@pytest.fixture(params=[True, False], ids=["amx", "no-amx"])
-def amx(request: pytest.FixtureRequest) -> bool:
-    """As if the processor had matrix units, or none: both ways run on each."""
-    return bool(request.param)
+@pytest.fixture(params=WAYS)
+def few(request: pytest.FixtureRequest) -> Way:
+    """As if the processor were one or another: all ways run on each, but for what is compiled,
+    which takes torch's way where it can't be.
+    """
+    way: Way = request.param
+    return way
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (1, 1, 64), (3, 64), (2, 5, 64), (0, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_hastened_product_is_the_same_product(
-    shape: tuple[int, ...], dtype: torch.dtype, amx: bool
+    shape: tuple[int, ...], dtype: torch.dtype, few: Way
 ) -> None:
     """Whatever the rows and the shape, which stays."""
     module, x = linear(dtype=dtype), torch.randn(shape, dtype=dtype)
     expected = functional.linear(x.float(), module.weight.float())
-    hasten(module, amx=amx)
+    hasten(module, few)
     found = module(x)
     assert found.shape == expected.shape
     assert found.dtype == dtype
@@ -56,56 +75,73 @@ def test_a_hastened_product_is_the_same_product(
 
 
 @pytest.mark.parametrize("rows", [1, 2, SOME])
-def test_a_hastened_product_takes_any_strides(rows: int, amx: bool) -> None:
+def test_a_hastened_product_takes_any_strides(rows: int, few: Way) -> None:
     module, wide = linear(), torch.randn(1, rows, 128, dtype=torch.bfloat16)
-    hasten(module, amx=amx)
+    hasten(module, few)
     assert torch.equal(module(wide[..., ::2]), module(wide[..., ::2].contiguous()))
 
 
 @pytest.mark.parametrize(
-    ("amx", "ins", "rows", "product"),
+    ("few", "ins", "rows", "product"),
     [
-        (True, 64, 1, "mv"),
-        (True, 64, 2, "matmul"),
-        (True, 64, MANY, "matmul"),
-        (True, 64, MANY + 1, "linear"),
-        (True, 2048, 2, "matmul"),
-        (False, 64, 1, "linear"),
-        (False, 64, SOME - 1, "linear"),
-        (False, 64, SOME, "matmul"),
-        (False, 64, MANY, "matmul"),
-        (False, 64, MANY + 1, "linear"),
-        (False, 2048, SOME, "linear"),
+        (with_amx, 64, 1, "mv"),
+        (with_amx, 64, 2, "matmul"),
+        (with_amx, 64, MANY, "matmul"),
+        (with_amx, 64, MANY + 1, "linear"),
+        (with_amx, 2048, 2, "matmul"),
+        (with_avx512, 64, 1, "linear"),
+        (with_avx512, 64, SOME - 1, "linear"),
+        (with_avx512, 64, SOME, "matmul"),
+        (with_avx512, 64, MANY, "matmul"),
+        (with_avx512, 64, MANY + 1, "linear"),
+        (with_avx512, 2048, SOME, "linear"),
+        (with_neither, 64, 1, "mv"),
+        (with_neither, 64, 2, "linear"),
+        (with_neither, 64, MANY, "linear"),
+        pytest.param(with_compiler, 64, 1, "", marks=COMPILED),
+        pytest.param(with_compiler, 64, MOST, "", marks=COMPILED),
+        pytest.param(with_compiler, 64, MOST + 1, "matmul", marks=COMPILED),
+        pytest.param(with_compiler, 64, MANY + 1, "linear", marks=COMPILED),
+        pytest.param(with_compiler, 2048, MOST, "", marks=COMPILED),
+        pytest.param(with_compiler, 2048, MOST + 1, "linear", marks=COMPILED),
+        pytest.param(with_compiler, 80, 1, "linear", marks=COMPILED),
     ],
 )
-def test_few_rows_are_arranged_instead_of_the_weight(
-    amx: bool, ins: int, rows: int, product: str
+def test_few_rows_are_multiplied_as_is_best_for_the_processor(
+    few: Way, ins: int, rows: int, product: str
 ) -> None:
-    """How few, and whether one has a way of its own, is the processor's; in 2,048 places of the
-    cache lie too many of a weight's rows.
+    """In 2,048 places of the cache lie too many of a weight's rows for reading it as it is; what is
+    compiled takes 32 columns at once.
     """
     module, x = linear(ins=ins), torch.randn(1, rows, ins, dtype=torch.bfloat16)
     expected = module(x)
-    hasten(module, amx=amx)
+    hasten(module, few)
     with Calls() as calls:
         found = module(x)
-    assert {"mv", "matmul", "linear"} & {*calls.names} == {product}
+    assert "".join({"mv", "matmul", "linear"} & {*calls.names}) == product
     assert found.shape == expected.shape
     assert found.is_contiguous()
     assert error(found, expected) < 5e-3
 
 
-def test_whether_there_are_matrix_units_is_asked_of_the_processor() -> None:
-    asked, told = linear(), linear()
-    hasten(asked)
-    hasten(told, amx=bool(torch.cpu.get_capabilities().get("amx_bf16")))
-    assert asked.turns_from == told.turns_from
+def test_what_is_best_is_the_processor_s() -> None:
+    units = torch.cpu.get_capabilities()
+    if units.get("amx_bf16"):
+        expected = with_amx
+    elif units.get("avx512_bf16"):
+        expected = with_compiler if compilation().products else with_avx512
+    else:
+        expected = with_neither
+    assert best_here() is expected
+    module = linear()
+    hasten(module)
+    assert module.few == expected(module.weight)
 
 
 @pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
-def test_a_product_before_a_norm_is_left_turned_for_it(rows: int, amx: bool) -> None:
+def test_a_product_before_a_norm_is_left_turned_for_it(rows: int, few: Way) -> None:
     model = random_gemma(vocab=320).bfloat16()
-    hasten(model, amx=amx)
+    hasten(model, few)
     ease(model)
     layer = model.model.layers[0]
     for product, norm in (
@@ -115,33 +151,42 @@ def test_a_product_before_a_norm_is_left_turned_for_it(rows: int, amx: bool) -> 
         x = torch.randn(1, rows, product.in_features).bfloat16()
         found = product(x)
         assert error(found, functional.linear(x.float(), product.weight.float())) < 5e-3
-        assert found.is_contiguous() == (rows in ((1,) if amx else (1, 2)) or rows > MANY)
+        turned = few(product.weight).turned_from <= rows <= MANY
+        assert found.is_contiguous() is not turned
         assert norm(found).is_contiguous()
         assert torch.equal(norm(found), norm(found.contiguous()))
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 64), (3, 1, 64), (SOME, 1, 64), (1, MANY + 1, 64), (5, 20, 64)]
+    "shape", [(1, 1, 64), (3, 1, 64), (MOST + 1, 1, 64), (1, MANY + 1, 64), (5, 20, 64)]
 )
-def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...], amx: bool) -> None:
+def test_a_hastened_mlp_is_the_same_mlp(shape: tuple[int, ...], few: Way) -> None:
     """Of few rows and of many, whose activation is not rounded on the way."""
     mlp = random_gemma(vocab=320).model.layers[0].mlp
     x = torch.randn(shape).bfloat16()
     expected = mlp(x.float())
-    hasten(mlp.bfloat16(), amx=amx)
+    hasten(mlp.bfloat16(), few)
     found = mlp(x)
     assert type(mlp) is FusedMLP
     assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
     assert error(found, expected) < 0.02
 
 
-@pytest.mark.parametrize("rows", [2, SOME, MANY + 1])
-def test_nothing_is_rounded_on_the_way_through_an_mlp(rows: int, amx: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "few"),
+    [
+        (2, with_amx),
+        (SOME, with_avx512),
+        (MOST + 1, with_compiler),
+        *((MANY + 1, way) for way in WAYS),
+    ],
+)
+def test_nothing_is_rounded_on_the_way_through_an_mlp(rows: int, few: Way) -> None:
     """What follows the products of gate and up is part of them, turned or not."""
     mlp = random_gemma(vocab=320).bfloat16().model.layers[0].mlp
     x = torch.randn(1, rows, 64).bfloat16()
     true, rounded = copy.deepcopy(mlp).float()(x.float()), mlp(x)
-    hasten(mlp, amx=amx)
+    hasten(mlp, few)
     with Calls() as calls:
         found = mlp(x)
     assert not {"gelu", "mul", "mul_"} & {*calls.names}
@@ -157,19 +202,19 @@ def test_an_mlp_with_another_activation_is_not_fused() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5, SOME])
-def test_a_row_has_its_logits_side_by_side(rows: int, amx: bool) -> None:
+def test_a_row_has_its_logits_side_by_side(rows: int, few: Way) -> None:
     model = random_gemma(vocab=320).bfloat16()
-    hasten(model, amx=amx)
+    hasten(model, few)
     logits = model(torch.zeros(rows, 1, dtype=torch.int64)).logits
     assert logits.is_contiguous()
     assert logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
-def test_a_head_of_many_blocks_is_the_same_head(rows: int, amx: bool) -> None:
+def test_a_head_of_many_blocks_is_the_same_head(rows: int, few: Way) -> None:
     head = linear(outs=2 * BLOCK + 96)
     expected = functional.linear(x := torch.randn(1, rows, 64).bfloat16(), head.weight)
-    hasten(head, amx=amx)
+    hasten(head, few)
     head.__class__ = HeadLinear
     assert error(head(x), expected) < 5e-3
     assert head(x).is_contiguous()
@@ -177,9 +222,9 @@ def test_a_head_of_many_blocks_is_the_same_head(rows: int, amx: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, SOME, MANY + 1])
-def test_a_forward_outside_of_no_grad_is_the_same_forward(rows: int, amx: bool) -> None:
+def test_a_forward_outside_of_no_grad_is_the_same_forward(rows: int, few: Way) -> None:
     """What is loaded for speed has no gradients, and says so by its weights."""
-    model = joined_gemma(random_gemma(vocab=320), amx)
+    model = joined_gemma(random_gemma(vocab=320), few)
     ids = torch.arange(rows)[None]
     expected = model(ids).logits
     with torch.enable_grad():
@@ -223,10 +268,10 @@ def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
 CAP = 10.0
 
 
-def joined_gemma(model: Any, amx: bool = True) -> Any:
+def joined_gemma(model: Any, few: Way = with_amx) -> Any:
     """A copy of `model` as the engine runs it: queries, keys and values can be one product."""
     model = copy.deepcopy(model).bfloat16()
-    hasten(model, amx=amx)
+    hasten(model, few)
     enlarge(model, neighbours(model))
     prefer_grouped(model)
     return model
@@ -274,7 +319,7 @@ def off(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("softcap", [None, CAP])
 @pytest.mark.parametrize(("rows", "new"), [(1, 6), (1, 31), (1, MANY), (3, 5), (MANY, 1)])
 def test_attention_of_few_rows_is_nearer_to_float32_than_eager(
-    rows: int, new: int, softcap: float | None, amx: bool
+    rows: int, new: int, softcap: float | None, few: Way
 ) -> None:
     wide = capped_gemma(softcap)
     states = torch.randn(rows, past := 100, 64)
@@ -283,7 +328,7 @@ def test_attention_of_few_rows_is_nearer_to_float32_than_eager(
     true = attended(wide, states, mask, past, KVCache())
     eager = attended(copy.deepcopy(wide).bfloat16(), states, mask, past, KVCache())
     with Calls() as calls:
-        found = attended(joined_gemma(wide, amx), states, mask, past, KVCache())
+        found = attended(joined_gemma(wide, few), states, mask, past, KVCache())
     assert "addcmul_" in calls.names
     assert (found.shape, found.dtype) == (true.shape, torch.bfloat16)
     assert off(found, true) < (1 if softcap is None else 0.8) * off(eager, true)
@@ -329,7 +374,7 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tor
 
 @pytest.mark.parametrize("kind", [KVCache, DynamicCache, StaticCache])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int, amx: bool) -> None:
+def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int, few: Way) -> None:
     """Padded or not, below and beyond the sliding window of 64, whatever the cache."""
     wide = capped_gemma()
     ids = torch.randint(3, 320, (rows, 120))
@@ -344,23 +389,29 @@ def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int, 
 
     true = logits(wide, ids, mask, KVCache())
     eager = logits(copy.deepcopy(wide).bfloat16(), ids, mask, cache())
-    found = logits(joined_gemma(wide, amx), ids, mask, cache())
+    found = logits(joined_gemma(wide, few), ids, mask, cache())
     assert off(found, true) < off(eager, true)
 
 
 @pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
-def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int, amx: bool) -> None:
+def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int, few: Way) -> None:
     """But not of weights that are no neighbours."""
     ids = torch.arange(1, rows + 1)[None]
-    model = joined_gemma(random_gemma(vocab=320), amx)
+    model = joined_gemma(random_gemma(vocab=320), few)
     parted = copy.deepcopy(model)
     with Calls() as calls:
         found = model(ids).logits
     with Calls() as others:
         expected = parted(ids).logits
     assert error(found, expected) < 0.05
+    way = few(model.model.layers[0].self_attn.q_proj.weight)
+    if rows >= way.turned_from or rows > MANY:
+        product = "matmul"
+    elif few is with_compiler and compilation().products:
+        product = "empty"  # the place for what comes out
+    else:
+        product = "mv" if rows == 1 and few in (with_amx, with_neither) else "linear"
     spared = 0 if rows > MANY else 2 * 4
-    product = ("mv" if rows == 1 else "matmul") if rows >= SOME or amx else "linear"
     assert others.names.count(product) - calls.names.count(product) == spared
 
 

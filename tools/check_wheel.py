@@ -24,7 +24,8 @@ import gemma2_stream
 
 home = Path(gemma2_stream.__file__).parent
 assert Path(sys.prefix) in home.parents, f"imported from {home}"
-assert (home / "py.typed").exists(), "py.typed is not in the wheel"
+for name in ("py.typed", "products.c"):
+    assert (home / name).exists(), f"{name} is not in the wheel"
 chunks = list(gemma2_stream.Gemma2LLM("demo").stream("你是谁"))
 assert len(chunks) > 1, f"not streamed: {chunks!r}"
 print(f"{len(chunks)} chunks: {''.join(chunks)}")

@@ -49,6 +49,7 @@ def _facts(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
         yield package, metadata.version(package)
 
     from .. import hub
+    from ..compiled import compilation
     from ..llm import Gemma2LLM
     from ..loading import device_kind, pick_device_map, pick_dtype, pick_preset
     from ..presets import bytes_each
@@ -63,6 +64,8 @@ def _facts(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
     yield "checkpoint", folder.absolute()
     choice = pick_preset(llm.preset, folder, dtype, device_map)
     yield "preset", f"{choice.preset} ({choice.reason})"
+    if device_kind(device_map) == "cpu" and dtype == "bfloat16" and choice.preset != "exact":
+        yield "products", compilation().reason
     with _without_weights(folder) as engine:
         count = engine.model.num_parameters()
         each = bytes_each(choice, device=device_kind(device_map), dtype=dtype)

@@ -1,0 +1,147 @@
+"""Products of few rows by products.c, compiled for this processor when a model is loaded.
+
+Knows a C compiler and what that file wants; nothing of models, and of who multiplies what.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCE = Path(__file__).with_name("products.c")
+
+# Rows that it has, and what the columns of a weight must be a multiple of.
+MOST, STEP = 8, 32
+
+OPTIONS = ("-O3", "-march=native", "-fPIC")
+TYPES = {torch.bfloat16: "bfloat16", torch.int8: "int8"}
+SECONDS = 60
+
+
+class CompiledProducts:
+    """Calls into a library made of products.c."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {}
+        for dtype, name in TYPES.items():
+            function = getattr(library, name)
+            function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
+            function.restype = None
+            self._functions[dtype] = function
+
+    def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
+        return (
+            0 < len(rows) <= MOST
+            and rows.dtype == torch.bfloat16
+            and weight.dtype in TYPES
+            and weight.shape[1] % STEP == 0
+            and weight.is_contiguous()
+        )
+
+    def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product of `rows` (n, in) with `weight` (out, in), both on the CPU: (n, out) in
+        float32. What it does not take must not come here.
+        """
+        (outs, ins), rows = weight.shape, rows.contiguous()
+        product = torch.empty((len(rows), outs), dtype=torch.float32)
+        self._functions[weight.dtype](
+            weight.data_ptr(),
+            rows.data_ptr(),
+            product.data_ptr(),
+            len(rows),
+            ins,
+            outs,
+            torch.get_num_threads(),
+        )
+        return product
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What came of it: the products, or None, and why in a few words."""
+
+    products: CompiledProducts | None
+    reason: str
+
+
+@functools.cache
+def compilation() -> Compilation:
+    """Of this process. Takes half a second when it is first asked for, and leaves nothing on disk.
+
+    Only for processors with AVX512-BF16 and no AMX: elsewhere torch's own are as fast as memory, or
+    nothing was measured by us.
+    """
+    units = torch.cpu.get_capabilities()
+    if units.get("amx_bf16"):
+        return Compilation(None, "oneDNN's, for AMX")
+    if not units.get("avx512_bf16"):
+        return Compilation(None, "torch's, for a processor without AVX512-BF16")
+    return compile_products()
+
+
+def compile_products() -> Compilation:
+    """By the compiler in the environment variable CC, or by `cc`. Never raises: a machine without a
+    compiler, or with one that can't, has torch's products.
+    """
+    if not sys.platform.startswith("linux"):
+        return Compilation(None, f"torch's, on {sys.platform}")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    if shutil.which(compiler[0]) is None:
+        return Compilation(
+            None, f"torch's: no C compiler, {compiler[0]!r}, with which they would be faster"
+        )
+    try:
+        products = CompiledProducts(_built(compiler))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        return Compilation(None, f"torch's: {compiler[0]!r} failed: {said[0]}")
+    except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
+        return Compilation(None, f"torch's: those of {compiler[0]!r} can't be loaded: {error}")
+    if not _are_right(products):
+        return Compilation(None, f"torch's: those of {compiler[0]!r} are wrong")
+    return Compilation(products, f"compiled by {compiler[0]!r}")
+
+
+def _built(compiler: list[str]) -> ctypes.CDLL:
+    """Linked without OpenMP, so that it takes torch's, with the threads that are there already."""
+    with tempfile.TemporaryDirectory() as folder:
+        unlinked, library = (str(Path(folder) / name) for name in ("products.o", "products.so"))
+        for command in (
+            [*compiler, *OPTIONS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
+            [*compiler, "-shared", unlinked, "-o", library],
+        ):
+            subprocess.run(
+                command,
+                check=True,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+        return ctypes.CDLL(library)
+
+
+def _are_right(products: Any) -> bool:
+    """For all numbers of rows, and outputs that are no multiple of those computed at once; in whole
+    numbers, so that nothing is rounded.
+    """
+    columns, numbers = 2 * STEP, torch.arange(-127, 128)
+    for rows in range(1, MOST + 1):
+        for dtype in TYPES:
+            x = numbers[torch.arange(rows * columns) * 7 % 255].view(rows, columns)
+            weight = numbers[torch.arange(11 * columns) * 5 % 255].view(11, columns)
+            found = products(x.to(torch.bfloat16), weight.to(dtype))
+            if not torch.equal(found.long(), x @ weight.mT):
+                return False
+    return True
