@@ -1,11 +1,15 @@
-/* Products of few rows with a weight that is read once, in the order in which it lies in memory.
+/* Products of few rows with a weight that is read once.
 
    x is (rows, ins) in bfloat16, the weight (outs, ins) in bfloat16 or int8, y (rows, outs) in
-   float32, like the sums; 1 to 8 rows, and ins a multiple of 32. Compiled by compiled.py for the
-   processor that runs it, and without an OpenMP of its own. */
+   float32, like the sums; ins is a multiple of 32. Compiled by compiled.py for the processor that
+   runs it, and without an OpenMP of its own. */
 
 #include <immintrin.h>
 #include <stdint.h>
+
+/* Columns at a time, outputs for which what was read of x serves, and rows of which all sums with
+   them stay in registers. */
+enum { STEP = 32, WIDE = 4, GROUP = 6 };
 
 #define ALWAYS static inline __attribute__((always_inline))
 #define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
@@ -23,19 +27,32 @@ ALWAYS __m512bh read_int8(const int8_t *from) {
 }
 
 /* PRODUCT(name, type) makes
-   - name_tile: `wide` outputs of `rows` rows. Both are constants where it is called, so that the
-     sums stay in registers.
-   - name_of: all outputs. Up to three rows keep up with a weight that comes in one stream, which
-     is how memory gives it soonest; more do when what is loaded of them serves four outputs.
-   - name: for a number of rows that is not known before. */
+   - name_tile: `wide` outputs of `rows` rows. Both are constants where it is called, so that loops
+     over them are none. `ahead` asks for the next tile's weights: these are streams of a row's
+     length each, too short for a processor to foresee.
+   - name_group: the same for what is no constant.
+   - name: the product. More rows than a group find the tile's weights in the cache. */
+#define CASE(name, rows, wide)                                                                     \
+    case rows: name##_tile(weight, x, y, ins, outs, rows, wide, ahead); break;
+
+#define SWITCH(name, wide)                                                                         \
+    switch (rows) {                                                                                \
+        CASE(name, 1, wide) CASE(name, 2, wide) CASE(name, 3, wide)                                \
+        CASE(name, 4, wide) CASE(name, 5, wide) CASE(name, 6, wide)                                \
+    }
+
 #define PRODUCT(name, type)                                                                        \
     ALWAYS void name##_tile(const type *weight, const uint16_t *x, float *y, long ins, long outs,  \
-                            const int rows, const int wide) {                                      \
-        __m512 sums[8][4];                                                                         \
+                            const int rows, const int wide, int ahead) {                           \
+        const int line = 64 / sizeof(type);                                                        \
+        __m512 sums[GROUP][WIDE];                                                                  \
         EACH(r, rows) EACH(o, wide) sums[r][o] = _mm512_setzero_ps();                              \
-        for (long k = 0; k < ins; k += 32) {                                                       \
-            __m512bh weights[4];                                                                   \
-            EACH(o, wide) weights[o] = read_##name(weight + o * ins + k);                          \
+        for (long k = 0; k < ins; k += STEP) {                                                     \
+            const type *here = weight + k, *next = here + wide * ins;                              \
+            __m512bh weights[WIDE];                                                                \
+            if (ahead && k % line == 0)                                                            \
+                EACH(o, wide) _mm_prefetch((const char *)(next + o * ins), _MM_HINT_T1);           \
+            EACH(o, wide) weights[o] = read_##name(here + o * ins);                                \
             EACH(r, rows) {                                                                        \
                 const __m512bh row = read_bfloat16(x + r * ins + k);                               \
                 EACH(o, wide) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], weights[o], row);          \
@@ -43,25 +60,22 @@ ALWAYS __m512bh read_int8(const int8_t *from) {
         }                                                                                          \
         EACH(r, rows) EACH(o, wide) y[r * outs + o] = _mm512_reduce_add_ps(sums[r][o]);            \
     }                                                                                              \
-    ALWAYS void name##_of(const type *weight, const uint16_t *x, float *y, long ins, long outs,    \
-                          int threads, const int rows) {                                           \
-        const int wide = rows < 4 ? 1 : 4;                                                         \
-        _Pragma("omp parallel for num_threads(threads)") for (long o = 0; o < outs / wide; o++)    \
-            name##_tile(weight + o * wide * ins, x, y + o * wide, ins, outs, rows, wide);          \
-        for (long o = outs - outs % wide; o < outs; o++)                                           \
-            name##_tile(weight + o * ins, x, y + o, ins, outs, rows, 1);                           \
+    static void name##_group(const type *weight, const uint16_t *x, float *y, long ins, long outs, \
+                             int rows, int wide, int ahead) {                                      \
+        if (wide == WIDE) SWITCH(name, WIDE) else SWITCH(name, 1)                                  \
     }                                                                                              \
     void name(const type *weight, const uint16_t *x, float *y, long rows, long ins, long outs,     \
               int threads) {                                                                       \
-        switch (rows) {                                                                            \
-        case 1: name##_of(weight, x, y, ins, outs, threads, 1); break;                             \
-        case 2: name##_of(weight, x, y, ins, outs, threads, 2); break;                             \
-        case 3: name##_of(weight, x, y, ins, outs, threads, 3); break;                             \
-        case 4: name##_of(weight, x, y, ins, outs, threads, 4); break;                             \
-        case 5: name##_of(weight, x, y, ins, outs, threads, 5); break;                             \
-        case 6: name##_of(weight, x, y, ins, outs, threads, 6); break;                             \
-        case 7: name##_of(weight, x, y, ins, outs, threads, 7); break;                             \
-        case 8: name##_of(weight, x, y, ins, outs, threads, 8); break;                             \
+        const long groups = (rows + GROUP - 1) / GROUP;                                            \
+        _Pragma("omp parallel for num_threads(threads)") for (long o = 0; o < outs; o += WIDE) {   \
+            const int wide = o + WIDE <= outs ? WIDE : 1;                                          \
+            const long end = o + WIDE <= outs ? o + WIDE : outs;                                   \
+            for (long g = 0; g < groups; g++) {                                                    \
+                const long from = rows * g / groups, count = rows * (g + 1) / groups - from;       \
+                for (long at = o; at < end; at += wide)                                            \
+                    name##_group(weight + at * ins, x + from * ins, y + from * outs + at, ins,     \
+                                 outs, count, wide, g == 0);                                       \
+            }                                                                                      \
         }                                                                                          \
     }
 
