@@ -129,7 +129,8 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
         hasten(mine)
         ease(mine)
     enlarge(mine, neighbours(mine))
-    return mine
+    # As stock has them: it would multiply weights without gradients row by row.
+    return mine.requires_grad_(True)
 
 
 def engine_of(model: Gemma2ForCausalLM, tokenizer: Any, **options: Any) -> Gemma2Engine:

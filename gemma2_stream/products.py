@@ -180,7 +180,9 @@ class TurnedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not _few(x):
-            return functional.linear(x, self.weight)
+            # Of more dimensions, torch may copy a weight without gradients for each of the first.
+            product = functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+            return product.view(*x.shape[:-1], len(self.weight))
         return _columns(x, self.weight, self.few).mT.view(*x.shape[:-1], len(self.weight))
 
 

@@ -13,6 +13,7 @@ from matrices import DTYPES, Calls, error, linear, no_grad  # noqa: F401  # a fi
 from tiny import random_gemma
 from torch import nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
@@ -199,6 +200,17 @@ def test_an_mlp_with_another_activation_is_not_fused() -> None:
     hasten(mlp)
     assert type(mlp) is Gemma2MLP
     assert type(mlp.gate_proj) is RowLinear
+
+
+def test_no_weight_is_copied_for_each_row(few: Way) -> None:
+    """As torch does with the last tokens of many rows, if the weight has no gradients."""
+    model = random_gemma(vocab=320).bfloat16()
+    hasten(model, few)
+    states = torch.randn(MANY + 1, 3, 64).bfloat16()[:, -1:]
+    with profile(activities=[ProfilerActivity.CPU]) as spent:
+        found = model.lm_head(states)
+    assert error(found, functional.linear(states.float(), model.lm_head.weight.float())) < 5e-3
+    assert {"aten::bmm", "aten::expand"} & {event.key for event in spent.key_averages()} == set()
 
 
 @pytest.mark.parametrize("rows", [1, 5, SOME])
