@@ -7,9 +7,9 @@
 #include <immintrin.h>
 #include <stdint.h>
 
-/* Columns at a time, outputs for which what was read of x serves, and rows of which all sums with
-   them stay in registers. */
-enum { STEP = 32, WIDE = 4, GROUP = 6 };
+/* Columns at a time; outputs for which what was read of x serves, and rows of which all sums with
+   them stay in registers. There, ALONE rows leave place for three outputs. */
+enum { STEP = 32, WIDE = 4, GROUP = 6, ALONE = 8 };
 
 #define ALWAYS static inline __attribute__((always_inline))
 #define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
@@ -39,13 +39,14 @@ ALWAYS __m512bh read_int8(const int8_t *from) {
     switch (rows) {                                                                                \
         CASE(name, 1, wide) CASE(name, 2, wide) CASE(name, 3, wide)                                \
         CASE(name, 4, wide) CASE(name, 5, wide) CASE(name, 6, wide)                                \
+        CASE(name, 7, wide) CASE(name, 8, wide)                                                    \
     }
 
 #define PRODUCT(name, type)                                                                        \
     ALWAYS void name##_tile(const type *weight, const uint16_t *x, float *y, long ins, long outs,  \
                             const int rows, const int wide, int ahead) {                           \
         const int line = 64 / sizeof(type);                                                        \
-        __m512 sums[GROUP][WIDE];                                                                  \
+        __m512 sums[ALONE][WIDE];                                                                  \
         EACH(r, rows) EACH(o, wide) sums[r][o] = _mm512_setzero_ps();                              \
         for (long k = 0; k < ins; k += STEP) {                                                     \
             const type *here = weight + k, *next = here + wide * ins;                              \
@@ -62,14 +63,17 @@ ALWAYS __m512bh read_int8(const int8_t *from) {
     }                                                                                              \
     static void name##_group(const type *weight, const uint16_t *x, float *y, long ins, long outs, \
                              int rows, int wide, int ahead) {                                      \
-        if (wide == WIDE) SWITCH(name, WIDE) else SWITCH(name, 1)                                  \
+        if (wide == WIDE) SWITCH(name, WIDE)                                                       \
+        else if (wide == WIDE - 1) SWITCH(name, WIDE - 1)                                          \
+        else SWITCH(name, 1)                                                                       \
     }                                                                                              \
     void name(const type *weight, const uint16_t *x, float *y, long rows, long ins, long outs,     \
               int threads) {                                                                       \
-        const long groups = (rows + GROUP - 1) / GROUP;                                            \
-        _Pragma("omp parallel for num_threads(threads)") for (long o = 0; o < outs; o += WIDE) {   \
-            const int wide = o + WIDE <= outs ? WIDE : 1;                                          \
-            const long end = o + WIDE <= outs ? o + WIDE : outs;                                   \
+        const long groups = rows <= ALONE ? 1 : (rows + GROUP - 1) / GROUP;                        \
+        const int most = groups == 1 && rows > GROUP ? WIDE - 1 : WIDE;                            \
+        _Pragma("omp parallel for num_threads(threads)") for (long o = 0; o < outs; o += most) {   \
+            const int wide = o + most <= outs ? most : 1;                                          \
+            const long end = o + most <= outs ? o + most : outs;                                   \
             for (long g = 0; g < groups; g++) {                                                    \
                 const long from = rows * g / groups, count = rows * (g + 1) / groups - from;       \
                 for (long at = o; at < end; at += wide)                                            \
