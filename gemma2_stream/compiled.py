@@ -15,7 +15,6 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -41,17 +40,23 @@ class CompiledProducts:
             self._functions[dtype] = function
 
     def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether this is a product, and one that the library has. It reads memory by addresses, so
+        whatever else comes is torch's, and its error.
+        """
         return (
             0 < len(rows) <= MOST
             and rows.dtype == torch.bfloat16
             and weight.dtype in TYPES
+            and rows.shape[1] == weight.shape[1]
             and weight.shape[1] % STEP == 0
             and weight.is_contiguous()
+            and rows.is_cpu
+            and weight.is_cpu
         )
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The product of `rows` (n, in) with `weight` (out, in), both on the CPU: (n, out) in
-        float32. What it does not take must not come here.
+        """The product of `rows` (n, in) with `weight` (out, in): (n, out) in float32. What it does
+        not take must not come here.
         """
         (outs, ins), rows = weight.shape, rows.contiguous()
         product = torch.empty((len(rows), outs), dtype=torch.float32)
@@ -96,7 +101,11 @@ def compile_products() -> Compilation:
     """
     if not sys.platform.startswith("linux"):
         return Compilation(None, f"torch's, on {sys.platform}")
-    compiler = shlex.split(os.environ.get("CC") or "cc")
+    named = os.environ.get("CC", "").strip() or "cc"
+    try:
+        compiler = shlex.split(named)
+    except ValueError as error:
+        return Compilation(None, f"torch's: CC={named!r} is no command: {error}")
     if shutil.which(compiler[0]) is None:
         return Compilation(
             None, f"torch's: no C compiler, {compiler[0]!r}, with which they would be faster"
@@ -127,12 +136,13 @@ def _built(compiler: list[str]) -> ctypes.CDLL:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=SECONDS,
             )
         return ctypes.CDLL(library)
 
 
-def _are_right(products: Any) -> bool:
+def _are_right(products: CompiledProducts) -> bool:
     """For all numbers of rows, and outputs that are no multiple of those computed at once; in whole
     numbers, so that nothing is rounded.
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from matrices import error
+from torch import nn
 
 from gemma2_stream.compiled import (
     MOST,
@@ -20,6 +21,7 @@ from gemma2_stream.compiled import (
     compilation,
     compile_products,
 )
+from gemma2_stream.products import hasten, with_compiler
 
 UNITS = torch.cpu.get_capabilities()
 ABLE = bool(UNITS.get("avx512_bf16")) and shutil.which("cc") is not None
@@ -84,6 +86,18 @@ def test_what_it_does_not_take_is_told(products: CompiledProducts) -> None:
     assert not products.takes(x, weight.float())
     assert not products.takes(x[:, :48], weight[:, :48].contiguous())
     assert not products.takes(x[:, :32], weight[:, :32])
+    assert not products.takes(x[:, :32], weight)
+    assert not products.takes(x.to("meta"), weight)
+    assert not products.takes(x, weight.to("meta"))
+
+
+@needs_units
+def test_rows_that_do_not_fit_are_torch_s_error() -> None:
+    """And no read beyond what is there."""
+    module = nn.Linear(64, 20, bias=False, dtype=torch.bfloat16)
+    hasten(module, with_compiler)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        module(torch.randn(3, 32).bfloat16())
 
 
 ONE_OPENMP = """
@@ -178,6 +192,26 @@ def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.reason == (
         "torch's: no C compiler, 'no-such-compiler', with which they would be faster"
     )
+
+
+@linux
+@pytest.mark.parametrize(
+    ("named", "reason"), [("cc 'x", 'CC="cc \'x" is no command'), ("''", "no C compiler, ''")]
+)
+def test_a_compiler_that_is_no_command_is_told(
+    monkeypatch: pytest.MonkeyPatch, named: str, reason: str
+) -> None:
+    monkeypatch.setenv("CC", named)
+    found = compile_products()
+    assert found.products is None
+    assert reason in found.reason
+
+
+@needs_units
+@pytest.mark.parametrize("named", ["", "  "])
+def test_a_blank_name_is_none(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.setenv("CC", named)
+    assert compile_products().reason == "compiled by 'cc'"
 
 
 def test_only_some_processors_compile() -> None:
