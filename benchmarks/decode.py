@@ -74,9 +74,7 @@ from texts import TEXTS, load_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Request, SamplingParams
-from gemma2_stream.int8 import shrink
-from gemma2_stream.loading import LoadSpec, shared_engine
-from gemma2_stream.products import hasten
+from gemma2_stream.loading import LoadSpec, prepare, shared_engine
 
 PROMPT = 129
 PRESETS = ("exact", "speed", "memory")
@@ -259,8 +257,8 @@ def quality(_: argparse.Namespace) -> Result:
         true = log_probabilities(model, texts)
         changes: dict[str, Callable[[Any], object]] = {
             "exact": lambda changed: changed.bfloat16(),
-            "speed": lambda changed: hasten(changed.bfloat16()),
-            "memory": lambda changed: shrink(changed, torch.bfloat16),
+            "speed": lambda changed: prepare(changed.bfloat16(), "speed", "bfloat16"),
+            "memory": lambda changed: prepare(changed, "memory", "bfloat16"),
         }
         for name, change in changes.items():
             say(f"quality of {name}")

@@ -28,10 +28,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, initialization
 
 from gemma2_stream import Gemma2Engine
 from gemma2_stream.attention import prefer_grouped
-from gemma2_stream.norms import ease
+from gemma2_stream.loading import prepare
 from gemma2_stream.pages import enlarge
 from gemma2_stream.presets import LARGE, choose
-from gemma2_stream.products import hasten, neighbours
+from gemma2_stream.products import neighbours
 
 T = TypeVar("T")
 
@@ -124,10 +124,8 @@ def as_loaded(model: Gemma2ForCausalLM) -> Gemma2ForCausalLM:
     """
     mine = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     prefer_grouped(mine)
-    choice = choose(None, device="cpu", dtype=str(model.dtype)[6:], size=LARGE)
-    if choice.preset == "speed":
-        hasten(mine)
-        ease(mine)
+    dtype = str(model.dtype)[6:]
+    prepare(mine, choose(None, device="cpu", dtype=dtype, size=LARGE).preset, dtype)
     enlarge(mine, neighbours(mine))
     # As stock has them: it would multiply weights without gradients row by row.
     return mine.requires_grad_(True)

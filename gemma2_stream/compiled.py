@@ -1,12 +1,13 @@
-"""Products of few rows by products.c, compiled for this processor when a model is loaded.
+"""Kernels in C for few tokens, compiled for this processor when a model is loaded.
 
-Knows a C compiler and what that file wants; nothing of models, and of who multiplies what.
+Knows a C compiler and what compiled.c wants; nothing of models, and of who computes what.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import shlex
 import shutil
@@ -15,55 +16,76 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn import functional
 
-SOURCE = Path(__file__).with_name("products.c")
+SOURCE = Path(__file__).with_name("compiled.c")
 
-# Rows up to which it gains, and what the columns of a weight must be a multiple of.
+# Rows up to which a product gains, and what columns and sizes of heads must be a multiple of.
 MOST, STEP = 24, 32
+
+# Of which `attend` makes scores at once.
+QUERIES = 4
 
 OPTIONS = ("-O3", "-march=native", "-fPIC")
 TYPES = {torch.bfloat16: "bfloat16", torch.int8: "int8"}
 SECONDS = 60
 
 
-class CompiledProducts:
-    """Calls into a library made of products.c."""
+class Kernels:
+    """Calls into a library made of compiled.c, on tensors in bfloat16 on the CPU. They are read by
+    addresses: what `takes`, `takes_norm` and `takes_attention` refuse must not come here.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._functions = {}
-        for dtype, name in TYPES.items():
-            function = getattr(library, name)
-            function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 3 + [ctypes.c_int]
-            function.restype = None
-            self._functions[dtype] = function
+        address, number, real, count = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+        product = [*4 * [address], count, *3 * [number], count]
+
+        def function(name: str, arguments: list[Any]) -> Any:
+            found = getattr(library, name)
+            found.argtypes, found.restype = arguments, None
+            return found
+
+        self._products = {dtype: function(name, product) for dtype, name in TYPES.items()}
+        self._norm = function("norm", [*3 * [address], number, number, real, count])
+        self._gated = function("gated", [*3 * [address], number, count])
+        self._capped = function("capped", [address, number, real, count])
+        self._rotated = function("rotated", [*6 * [address], *6 * [number]])
+        self._attend = function("attend", [*6 * [address], *10 * [number], real, real, count])
 
     def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether this is a product, and one that the library has. It reads memory by addresses, so
-        whatever else comes is torch's, and its error.
-        """
+        """Whether this is a product, and one that the library has."""
         return (
             0 < len(rows) <= MOST
-            and rows.dtype == torch.bfloat16
+            and _ours(rows)
             and weight.dtype in TYPES
             and rows.shape[1] == weight.shape[1]
             and weight.shape[1] % STEP == 0
             and weight.is_contiguous()
-            and rows.is_cpu
             and weight.is_cpu
         )
 
-    def __call__(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The product of `rows` (n, in) with `weight` (out, in): (n, out) in float32. What it does
-        not take must not come here.
+    def product(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> torch.Tensor:
+        """Of `rows` (n, in) with `weight` (out, in) in bfloat16 or int8, and `scale` (out,): (n,
+        out) in `dtype`, which is bfloat16 or float32, like all sums.
         """
         (outs, ins), rows = weight.shape, rows.contiguous()
-        product = torch.empty((len(rows), outs), dtype=torch.float32)
-        self._functions[weight.dtype](
+        scale = None if scale is None else scale.contiguous()
+        product = torch.empty((len(rows), outs), dtype=dtype)
+        self._products[weight.dtype](
             weight.data_ptr(),
             rows.data_ptr(),
             product.data_ptr(),
+            None if scale is None else scale.data_ptr(),
+            dtype == torch.bfloat16,
             len(rows),
             ins,
             outs,
@@ -71,12 +93,146 @@ class CompiledProducts:
         )
         return product
 
+    def takes_norm(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """Whether `normed` has it."""
+        return _ours(x, weight) and len(weight) % STEP == 0 and x.shape[-1:] == weight.shape
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """`x / rms(x) * (1 + weight)` for x of shape (..., size)."""
+        x, size = x.contiguous(), len(weight)
+        result = torch.empty_like(x)
+        self._norm(
+            x.data_ptr(),
+            weight.data_ptr(),
+            result.data_ptr(),
+            x.numel() // size,
+            size,
+            eps,
+            torch.get_num_threads(),
+        )
+        return result
+
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """`gelu(gate) * up`, by tanh, of what `product` gave in float32, in bfloat16."""
+        result = torch.empty(gate.shape, dtype=torch.bfloat16)
+        threads = torch.get_num_threads()
+        self._gated(gate.data_ptr(), up.data_ptr(), result.data_ptr(), gate.numel(), threads)
+        return result
+
+    def takes_capping(self, logits: torch.Tensor) -> bool:
+        """Whether `cap` has it."""
+        return (
+            logits.is_cpu
+            and logits.dtype == torch.float32
+            and logits.is_contiguous()
+            and logits.numel() % STEP == 0
+            and not (torch.is_grad_enabled() and logits.requires_grad)
+        )
+
+    def cap(self, logits: torch.Tensor, softcap: float) -> None:
+        """`softcap * tanh(logits / softcap)`, where they are."""
+        self._capped(logits.data_ptr(), logits.numel(), softcap, torch.get_num_threads())
+
+    def takes_attention(
+        self,
+        states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> bool:
+        """Whether `rotated` and `attended` have it, for states (rows, new, ...) that heads of the
+        size of `cos` and `sin` are made of, and what is added to their scores.
+        """
+        (rows, new, _), size = states.shape, cos.shape[-1]
+        each, all_alike = (rows, new, size), (1, new, size)
+        return (
+            rows * new > 0
+            and size % STEP == 0
+            and _ours(states, cos, sin)
+            and cos.shape == sin.shape
+            and cos.shape in (each, all_alike)
+            and (mask is None or (_ours(mask) and mask.shape[:-1] in ((rows, 1, new), (1, 1, new))))
+        )
+
+    def rotated(
+        self, product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, groups: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (rows, heads, new, size), keys and values (rows, groups, new, size) of a product
+        (rows, new, all of them), at the positions of `cos` and `sin` (rows or 1, new, size).
+        """
+        (rows, new, _), size = product.shape, cos.shape[-1]
+        product, cos, sin = product.contiguous(), cos.contiguous(), sin.contiguous()
+        states = [product.new_empty(rows, count, new, size) for count in (heads, groups, groups)]
+        self._rotated(
+            *(tensor.data_ptr() for tensor in (product, cos, sin, *states)),
+            rows,
+            new,
+            heads,
+            groups,
+            size,
+            len(cos) > 1,
+        )
+        return states[0], states[1], states[2]
+
+    def attended(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention of `queries` (rows, heads, new, size) over `keys` and `values` (rows, groups,
+        tokens, size), which may have gaps between heads; `mask` (rows or 1, 1, new, tokens) is
+        added. Returns (rows, new, heads, size).
+        """
+        (rows, heads, new, size), (groups, tokens) = queries.shape, keys.shape[1:3]
+        if keys.stride() != values.stride() or keys.stride()[2:] != (size, 1):
+            keys, values = keys.contiguous(), values.contiguous()
+        if mask is not None:
+            mask = mask.expand(-1, 1, new, tokens).contiguous()
+        room = QUERIES * (-tokens % 16 + tokens + size)
+        scratch = torch.empty(rows * groups * room)
+        output = queries.new_empty(rows, new, heads, size)
+        self._attend(
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+            scratch.data_ptr(),
+            output.data_ptr(),
+            rows,
+            groups,
+            heads // groups * new,
+            new,
+            tokens,
+            size,
+            keys.stride(0),
+            keys.stride(1),
+            mask is not None and len(mask) > 1,
+            room,
+            scaling / (softcap or 1),
+            softcap or 0,
+            torch.get_num_threads(),
+        )
+        return output
+
+
+def _ours(*tensors: torch.Tensor) -> bool:
+    """Whether they are in bfloat16 on the CPU, and nobody wants gradients."""
+    graded = torch.is_grad_enabled()
+    return all(
+        tensor.is_cpu and tensor.dtype == torch.bfloat16 and not (graded and tensor.requires_grad)
+        for tensor in tensors
+    )
+
 
 @dataclass(frozen=True)
 class Compilation:
-    """What came of it: the products, or None, and why in a few words."""
+    """What came of it: the kernels, or None, and why in a few words."""
 
-    products: CompiledProducts | None
+    kernels: Kernels | None
     reason: str
 
 
@@ -92,10 +248,10 @@ def compilation() -> Compilation:
         return Compilation(None, "oneDNN's, for AMX")
     if not units.get("avx512_bf16"):
         return Compilation(None, "torch's, for a processor without AVX512-BF16")
-    return compile_products()
+    return compile_kernels()
 
 
-def compile_products() -> Compilation:
+def compile_kernels() -> Compilation:
     """By the compiler in the environment variable CC, or by `cc`. Never raises: a machine without a
     compiler, or with one that can't, has torch's products.
     """
@@ -111,15 +267,15 @@ def compile_products() -> Compilation:
             None, f"torch's: no C compiler, {compiler[0]!r}, with which they would be faster"
         )
     try:
-        products = CompiledProducts(_built(compiler))
+        kernels = Kernels(_built(compiler))
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
         return Compilation(None, f"torch's: {compiler[0]!r} failed: {said[0]}")
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return Compilation(None, f"torch's: those of {compiler[0]!r} can't be loaded: {error}")
-    if not _are_right(products):
+    if not _are_right(kernels):
         return Compilation(None, f"torch's: those of {compiler[0]!r} are wrong")
-    return Compilation(products, f"compiled by {compiler[0]!r}")
+    return Compilation(kernels, f"compiled by {compiler[0]!r}")
 
 
 def _built(compiler: list[str]) -> ctypes.CDLL:
@@ -142,7 +298,11 @@ def _built(compiler: list[str]) -> ctypes.CDLL:
         return ctypes.CDLL(library)
 
 
-def _are_right(products: CompiledProducts) -> bool:
+def _are_right(kernels: Kernels) -> bool:
+    return _products_are_right(kernels) and _others_are_right(kernels)
+
+
+def _products_are_right(kernels: Kernels) -> bool:
     """For all numbers of rows, and outputs that are no multiple of those computed at once; in whole
     numbers, so that nothing is rounded.
     """
@@ -151,7 +311,48 @@ def _are_right(products: CompiledProducts) -> bool:
         for dtype in TYPES:
             x = numbers[torch.arange(rows * columns) * 7 % 255].view(rows, columns)
             weight = numbers[torch.arange(11 * columns) * 4 % 255].view(11, columns)
-            found = products(x.to(torch.bfloat16), weight.to(dtype))
+            found = kernels.product(x.bfloat16(), weight.to(dtype), dtype=torch.float32)
             if not torch.equal(found.long(), x @ weight.mT):
                 return False
     return True
+
+
+def _others_are_right(kernels: Kernels) -> bool:
+    """Nearly, as torch has them in float32."""
+
+    def wave(*shape: int) -> torch.Tensor:
+        return torch.arange(float(math.prod(shape))).sin_().view(shape).bfloat16()
+
+    def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
+        return torch.allclose(found.float(), expected, rtol=0.02, atol=0.02)
+
+    x, weight = wave(3, STEP), wave(STEP)
+    scores, caps = 9 * x.float(), 9 * x.float()
+    kernels.cap(caps, 5)
+    queries, keys, values = wave(1, 6, 2, STEP), wave(1, 2, 67, STEP), 2 * wave(1, 2, 67, STEP)
+    mask = wave(1, 1, 2, 67)
+    mask[..., :3] = torch.finfo(mask.dtype).min
+    shared = [states.repeat_interleave(3, 1).float() for states in (keys, values)]
+    products = (queries.float() @ shared[0].mT).div_(5).tanh_() * 5 + mask.float()
+    product, (cos, sin) = wave(1, 2, 4 * STEP), (2 * wave(1, 2, STEP), wave(1, 2, STEP).neg())
+    heads = product.view(1, 2, 4, STEP).transpose(1, 2).float()
+    halves = heads.roll(STEP // 2, -1) * torch.tensor([-1, 1]).repeat_interleave(STEP // 2)
+    halved = torch.cat([cos[..., : STEP // 2]] * 2, -1), torch.cat([sin[..., : STEP // 2]] * 2, -1)
+    turned = heads * halved[0].float() + halves * halved[1].float()
+    rotated = kernels.rotated(product, *halved, 2, 1)
+    return (
+        near(kernels.product(x, x, weight), (x.float() @ x.float().mT) * weight[:3].float())
+        and near(
+            kernels.normed(x, weight, 0.25),
+            functional.rms_norm(x.float(), [STEP], 1 + weight.float(), 0.25),
+        )
+        and near(
+            kernels.gated(scores, scores), functional.gelu(scores, approximate="tanh") * scores
+        )
+        and near(caps, (scores / 5).tanh() * 5)
+        and near(
+            kernels.attended(queries, keys, values, mask, 1.0, 5.0).transpose(1, 2),
+            products.softmax(-1) @ shared[1],
+        )
+        and near(torch.cat(rotated, 1), torch.cat([turned[:, :3], heads[:, 3:]], 1))
+    )

@@ -168,9 +168,9 @@ class Int8Linear(nn.Linear):
         if self.weight.is_mkldnn:
             return self._packed(x)
         rows = x.reshape(-1, self.in_features)
-        products = compilation().products
-        if products is not None and products.takes(rows, self.weight):
-            product = products(rows, self.weight).mul_(self.scale).to(x.dtype)
+        kernels = compilation().kernels
+        if kernels is not None and kernels.takes(rows, self.weight):
+            product = kernels.product(rows, self.weight, self.scale)
         elif len(rows) <= FEW:
             product = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
         else:

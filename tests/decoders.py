@@ -1,0 +1,73 @@
+"""Gemma 2 whose weights bfloat16 has too, and what its attention and all of it say in steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny import random_gemma
+
+from gemma2_stream.kv import CACHE_NAME
+
+# Scores come nowhere near 50 here.
+CAP = 10.0
+
+
+def capped_gemma(softcap: float | None = CAP) -> Any:
+    """In float32, with weights that bfloat16 has too."""
+    model = random_gemma(vocab=320, query_pre_attn_scalar=4)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = softcap
+    return model
+
+
+def attended(model: Any, states: torch.Tensor, mask: torch.Tensor, past: int, cache: Any) -> Any:
+    """What the first attention of `model` makes of `states` (rows, tokens, 64) behind `past`."""
+    attention, dtype = model.model.layers[0].self_attn, model.dtype
+    positions = torch.arange(states.shape[1])[None]
+    embeddings = model.model.rotary_emb(states.bfloat16(), positions)
+    for part in (slice(0, past), slice(past, None)):
+        if part.stop != 0:
+            found, _ = attention(
+                hidden_states=states[:, part].to(dtype),
+                position_embeddings=tuple(each[:, part].to(dtype) for each in embeddings),
+                attention_mask=mask[..., part, : part.stop].to(dtype),
+                **{CACHE_NAME: cache},
+            )
+    return found
+
+
+def causal(rows: int, tokens: int) -> torch.Tensor:
+    """Of rows that don't begin at once, and within a window."""
+    ahead = torch.arange(tokens)[None] - torch.arange(tokens)[:, None]
+    hidden = ((ahead > 0) | (ahead < -64)).expand(rows, 1, tokens, tokens).clone()
+    for row in range(rows):
+        hidden[row, ..., : row % 3 * 20] = True
+    return hidden * torch.finfo(torch.bfloat16).min
+
+
+def off(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+    return (found - true).abs().mean()
+
+
+def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Of all that is no padding, fed in chunks, of which most are few rows."""
+    positions, parts = (mask.cumsum(-1) - 1).clamp(min=0), []
+    for ids_of, places in zip(
+        torch.split(ids, [90, 20, *[1] * 10], 1),
+        torch.split(positions, [90, 20, *[1] * 10], 1),
+        strict=True,
+    ):
+        end = sum(part.shape[1] for part in parts) + ids_of.shape[1]
+        parts.append(
+            model(
+                input_ids=ids_of,
+                attention_mask=mask[:, :end],
+                position_ids=places,
+                use_cache=True,
+                **{CACHE_NAME: cache},
+            ).logits.float()
+        )
+    return torch.cat(parts, 1)[mask == 1]

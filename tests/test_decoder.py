@@ -1,0 +1,298 @@
+"""Gemma 2 with what is compiled: what few tokens come to, and what of a model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoders import CAP, attended, capped_gemma, causal, logits, off
+from matrices import Calls, error, no_grad  # noqa: F401  # a fixture
+from tiny import random_gemma
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, DynamicCache, StaticCache
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
+
+from gemma2_stream.attention import prefer_grouped
+from gemma2_stream.compiled import MOST, compilation
+from gemma2_stream.decoder import (
+    CompiledAttention,
+    CompiledFusedMLP,
+    CompiledMLP,
+    CompiledNorm,
+    Gemma2ForCausalLM,
+)
+from gemma2_stream.kv import CACHE_NAME, KVCache
+from gemma2_stream.loading import prepare
+from gemma2_stream.pages import enlarge
+from gemma2_stream.products import MANY, HeadLinear, JoinedAttention, neighbours
+
+HERE = compilation()
+COMPILED = pytest.mark.skipif(
+    HERE.kernels is None,
+    reason=f"products are {HERE.reason}: needs AVX512-BF16 without AMX, and a C compiler",
+)
+PRESETS = ("speed", "memory")
+
+
+def loaded(model: Any, preset: str = "speed", dtype: str = "bfloat16") -> Any:
+    """A copy of `model` as the engine runs it."""
+    model = copy.deepcopy(model).to(getattr(torch, dtype))
+    prepare(model, preset, dtype)
+    enlarge(model, neighbours(model))
+    prefer_grouped(model)
+    return model
+
+
+def plain(model: Any) -> Any:
+    """A copy of the loaded `model`, without what is compiled between its products."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__module__ != "gemma2_stream.decoder":
+                module.__class__ = kind
+                break
+    return model
+
+
+@pytest.mark.skipif(HERE.kernels is not None, reason="here it can be compiled")
+@pytest.mark.parametrize("preset", PRESETS)
+def test_where_nothing_is_compiled_all_stays(preset: str) -> None:
+    model = loaded(random_gemma(vocab=320), preset)
+    assert {type(module).__module__ for module in model.modules()}.isdisjoint(
+        {"gemma2_stream.decoder"}
+    )
+
+
+@COMPILED
+@pytest.mark.parametrize("softcap", [None, CAP])
+@pytest.mark.parametrize(("rows", "new"), [(1, 6), (1, 31), (1, MANY), (3, 5), (MANY, 1)])
+def test_attention_of_few_tokens_is_nearer_to_float32_than_eager(
+    rows: int, new: int, softcap: float | None
+) -> None:
+    wide = capped_gemma(softcap)
+    states = torch.randn(rows, (past := 100) + new, 64).bfloat16().float()
+    mask = causal(rows, past + new)
+    true = attended(wide, states, mask, past, KVCache())
+    eager = attended(copy.deepcopy(wide).bfloat16(), states, mask, past, KVCache())
+    with Calls() as calls:
+        found = attended(loaded(wide), states, mask, past, KVCache())
+    assert "addcmul_" not in calls.names  # as torch would rotate few tokens
+    assert (found.shape, found.dtype) == (true.shape, torch.bfloat16)
+    assert off(found, true) < (0.9 if softcap is None else 0.7) * off(eager, true)
+
+
+@COMPILED
+@pytest.mark.parametrize("softcap", [None, CAP])
+@pytest.mark.parametrize("kind", [type(None), KVCache, DynamicCache])
+def test_attention_of_few_tokens_takes_any_cache(kind: Any, softcap: float | None) -> None:
+    """Or none, or no mask."""
+    wide = capped_gemma(softcap)
+    states, mask = torch.randn(2, 9, 64), torch.zeros(2, 1, 9, 9)
+    true = attended(wide, states, mask, 0, None)
+    model, cache = loaded(wide), kind()
+    masked = attended(model, states, mask, 0, cache)
+    assert error(masked, true) < 0.03
+    if cache is not None:
+        assert cache.layers[0].keys.dtype == torch.bfloat16
+    embeddings = model.model.rotary_emb(states.bfloat16(), torch.arange(9)[None])
+    found, _ = model.model.layers[0].self_attn(states.bfloat16(), embeddings)
+    assert torch.equal(found, masked)
+
+
+@COMPILED
+@pytest.mark.parametrize("kind", [KVCache, DynamicCache, StaticCache])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_equipped_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int) -> None:
+    """Padded or not, below and beyond the sliding window of 64, whatever the cache."""
+    wide = capped_gemma()
+    ids = torch.randint(3, 320, (rows, 120))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 30 * row] = 0
+
+    def cache() -> Any:
+        if kind is StaticCache:
+            return kind(config=wide.config, max_cache_len=128)
+        return kind() if kind is KVCache else kind(config=wide.config)
+
+    true = logits(wide, ids, mask, KVCache())
+    eager = logits(copy.deepcopy(wide).bfloat16(), ids, mask, cache())
+    assert off(logits(loaded(wide), ids, mask, cache()), true) < off(eager, true)
+
+
+@COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("rows", [1, 5, MOST, MOST + 1, MANY, MANY + 1])
+def test_it_says_what_it_says_without(rows: int, preset: str) -> None:
+    """In int8 as in bfloat16, but for what is rounded less often."""
+    model = loaded(random_gemma(vocab=320), preset)
+    without, ids = plain(model), torch.randint(3, 320, (rows, 1))
+    found, expected = model(ids).logits, without(ids).logits
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    assert error(found, expected) < 0.05
+
+
+@COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tokens", [1, MOST])
+def test_nothing_between_the_products_of_few_tokens_is_torch_s(tokens: int, preset: str) -> None:
+    model, cache = loaded(random_gemma(vocab=320), preset), KVCache()
+    model(torch.arange(3, 100)[None], **{CACHE_NAME: cache})
+    with profile(activities=[ProfilerActivity.CPU]) as spent:
+        model(torch.arange(3, 3 + tokens)[None], **{CACHE_NAME: cache})
+    others = {"mm", "mv", "bmm", "gelu", "tanh", "_softmax", "rsqrt", "linalg_vector_norm"}
+    assert {f"aten::{name}" for name in others}.isdisjoint(
+        event.key for event in spent.key_averages()
+    )
+
+
+@COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+def test_more_tokens_are_as_without(preset: str) -> None:
+    model = loaded(random_gemma(vocab=320), preset)
+    attention, ids = model.model.layers[0].self_attn, torch.arange(3, 4 + MANY)[None]
+    states = model.model.embed_tokens(ids)
+    embeddings = model.model.rotary_emb(states, torch.arange(ids.shape[1])[None])
+    for module, given in (
+        (attention, (states, embeddings)),
+        (model.model.layers[0].mlp, (states,)),
+        (model.model.layers[0].mlp, (states[:, : MOST + 1],)),
+    ):
+        found, expected = module(*given), plain(module)(*given)
+        if module is attention:
+            found, expected = found[0], expected[0]
+        assert torch.equal(found, expected)
+
+
+@COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+def test_queries_keys_and_values_are_one_product(preset: str) -> None:
+    """But not of weights that are no neighbours."""
+    model = loaded(random_gemma(vocab=320), preset)
+    joined, parted = model.model.layers[0].self_attn, copy.deepcopy(model).model.layers[0].self_attn
+    states = torch.randn(1, 1, 64).bfloat16()
+    embeddings = model.model.rotary_emb(states, torch.zeros(1, 1))
+    calls = [Calls(), Calls()]
+    with calls[0]:
+        found, _ = joined(states, embeddings)
+    with calls[1]:
+        expected, _ = parted(states, embeddings)
+    assert torch.equal(found, expected)
+    assert [each.names.count("empty") for each in calls] == [3, 5]
+
+
+@COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_equipped_gemma_keeps_its_names_and_its_ties(preset: str, tmp_path: Path) -> None:
+    """And is saved under the name that transformers knows."""
+    model = random_gemma(vocab=320)
+    model.lm_head.weight = model.get_input_embeddings().weight
+    before = {name: weight.numel() for name, weight in model.named_parameters()}
+    model = loaded(model, preset)
+    assert {name: weight.numel() for name, weight in model.named_parameters()} == before
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    kinds = Counter(map(type, model.modules()))
+    assert kinds[Gemma2ForCausalLM] == 1
+    assert kinds[CompiledNorm] == 4 * 4 + 1
+    assert kinds[CompiledAttention] == 4
+    assert kinds[CompiledFusedMLP if preset == "speed" else CompiledMLP] == 4
+    assert isinstance(model, modeling_gemma2.Gemma2ForCausalLM)
+    if preset == "speed":
+        model.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).architectures == ["Gemma2ForCausalLM"]
+
+
+@COMPILED
+def test_in_float32_int8_is_as_without() -> None:
+    model, ids = loaded(random_gemma(vocab=320), "memory", "float32"), torch.arange(3, 9)[None]
+    assert type(model.model.norm) is CompiledNorm
+    found, expected = model(ids).logits, plain(model)(ids).logits
+    assert error(found, expected) < 1e-5
+
+
+class Adapted(nn.Linear):
+    """What somebody has put in the place of a product."""
+
+
+@COMPILED
+def test_what_is_not_gemma_s_own_stays() -> None:
+    """Another activation, an adapter in the place of a product, no cap, another attention."""
+    model = random_gemma(vocab=320, hidden_activation="relu", final_logit_softcapping=None)
+    attention = model.model.layers[0].self_attn
+    attention.k_proj = Adapted(64, 64, bias=False)
+    model = loaded(model)
+    kinds = Counter(map(type, model.modules()))
+    assert kinds[modeling_gemma2.Gemma2ForCausalLM] == 1
+    assert kinds[Gemma2MLP] == 4
+    assert (kinds[JoinedAttention], kinds[CompiledAttention]) == (1, 3)
+    model.set_attn_implementation("eager")
+    attentions = model(torch.arange(5)[None], output_attentions=True).attentions
+    assert [each.shape for each in attentions] == [(1, 4, 5, 5)] * 4
+
+
+@COMPILED
+def test_its_output_is_that_of_transformers() -> None:
+    model = loaded(random_gemma(vocab=320))
+    without, ids = plain(model), torch.arange(3, 12)[None]
+    keep = torch.tensor([2, 7])
+    for asked in (
+        {},
+        {"logits_to_keep": 3},
+        {"logits_to_keep": keep},
+        {"labels": ids},
+        {"output_hidden_states": True},
+        {"use_cache": False},
+        {"return_dict": False},
+    ):
+        found, expected = model(ids, **asked), without(ids, **asked)
+        assert type(found) is type(expected)
+        if not isinstance(found, tuple):
+            assert [*found] == [*expected]
+            assert found.logits.shape == expected.logits.shape
+            found, expected = found.to_tuple(), expected.to_tuple()
+        for one, other in zip(found, expected, strict=True):
+            if isinstance(one, torch.Tensor):
+                assert error(one, other) < 0.05
+            else:
+                assert type(one) is type(other)
+                if isinstance(one, tuple):
+                    assert len(one) == len(other) == 5
+    with_mask = model(ids, torch.ones_like(ids))
+    assert error(with_mask.logits, model(ids).logits) < 0.05
+    model.config.return_dict = False
+    assert type(model(ids)) is tuple
+
+
+@COMPILED
+def test_gradients_come_back_to_who_wants_them() -> None:
+    """From embeddings, say; what is loaded for speed has none of its own."""
+    model = loaded(random_gemma(vocab=320))
+    embeds = model.get_input_embeddings()(torch.arange(3, 6)[None]).clone().requires_grad_()
+    for module in (model.model.layers[0].mlp, model.lm_head):
+        with torch.enable_grad():
+            [gradient] = torch.autograd.grad(module(embeds).float().sum(), embeds)
+        assert gradient.abs().sum() > 0
+
+
+@COMPILED
+def test_an_equipped_gemma_can_be_copied() -> None:
+    model, ids = loaded(random_gemma(vocab=320)), torch.arange(3, 6)[None]
+    assert error(copy.deepcopy(model)(ids).logits, model(ids).logits) < 0.05
+
+
+@COMPILED
+def test_a_head_that_is_not_tied_is_capped_in_place() -> None:
+    model, ids = loaded(random_gemma(vocab=320)), torch.randint(3, 320, (1, MANY + 5))
+    assert type(model.lm_head) is HeadLinear
+    with Calls() as calls:
+        many = model(ids).logits
+    assert "tanh" not in [name for name in calls.names if name != "tanh_"]
+    assert (many.abs() < model.config.final_logit_softcapping).all()
+    assert error(many, plain(model)(ids).logits) < 0.05
