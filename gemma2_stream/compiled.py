@@ -23,14 +23,17 @@ from torch.nn import functional
 
 SOURCE = Path(__file__).with_name("compiled.c")
 
-# Rows up to which a product gains, and what columns and sizes of heads must be a multiple of.
-MOST, STEP = 24, 32
+# What columns and sizes of heads must be a multiple of.
+STEP = 32
 
 # Of which `attend` makes scores at once.
 QUERIES = 4
 
 OPTIONS = ("-O3", "-march=native", "-fPIC")
 TYPES = {torch.bfloat16: "bfloat16", torch.int8: "int8"}
+
+# Rows up to which a product gains over torch's.
+MOST = {torch.bfloat16: 24, torch.int8: 64}
 SECONDS = 60
 
 
@@ -49,7 +52,7 @@ class Kernels:
             return found
 
         self._products = {dtype: function(name, product) for dtype, name in TYPES.items()}
-        self._norm = function("norm", [*3 * [address], number, number, real, count])
+        self._norm = function("norm", [*4 * [address], number, number, real, count])
         self._gated = function("gated", [*3 * [address], number, count])
         self._capped = function("capped", [address, number, real, count])
         self._rotated = function("rotated", [*6 * [address], *6 * [number]])
@@ -58,9 +61,8 @@ class Kernels:
     def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether this is a product, and one that the library has."""
         return (
-            0 < len(rows) <= MOST
+            0 < len(rows) <= MOST.get(weight.dtype, 0)
             and _ours(rows)
-            and weight.dtype in TYPES
             and rows.shape[1] == weight.shape[1]
             and weight.shape[1] % STEP == 0
             and weight.is_contiguous()
@@ -97,13 +99,22 @@ class Kernels:
         """Whether `normed` has it."""
         return _ours(x, weight) and len(weight) % STEP == 0 and x.shape[-1:] == weight.shape
 
-    def normed(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """`x / rms(x) * (1 + weight)` for x of shape (..., size)."""
+    def normed(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`x / rms(x) * (1 + weight)` for x of shape (..., size), added to `residual` of the same
+        shape, which is contiguous.
+        """
         x, size = x.contiguous(), len(weight)
         result = torch.empty_like(x)
         self._norm(
             x.data_ptr(),
             weight.data_ptr(),
+            None if residual is None else residual.data_ptr(),
             result.data_ptr(),
             x.numel() // size,
             size,
@@ -161,7 +172,8 @@ class Kernels:
         (rows, new, all of them), at the positions of `cos` and `sin` (rows or 1, new, size).
         """
         (rows, new, _), size = product.shape, cos.shape[-1]
-        product, cos, sin = product.contiguous(), cos.contiguous(), sin.contiguous()
+        product = product.contiguous().view(rows, new, heads + 2 * groups, size)
+        cos, sin = cos.contiguous(), sin.contiguous()
         states = [product.new_empty(rows, count, new, size) for count in (heads, groups, groups)]
         self._rotated(
             *(tensor.data_ptr() for tensor in (product, cos, sin, *states)),
@@ -307,8 +319,8 @@ def _products_are_right(kernels: Kernels) -> bool:
     numbers, so that nothing is rounded.
     """
     columns, numbers = 2 * STEP, torch.arange(-127, 128)
-    for rows in range(1, MOST + 1):
-        for dtype in TYPES:
+    for dtype, most in MOST.items():
+        for rows in range(1, most + 1):
             x = numbers[torch.arange(rows * columns) * 7 % 255].view(rows, columns)
             weight = numbers[torch.arange(11 * columns) * 4 % 255].view(11, columns)
             found = kernels.product(x.bfloat16(), weight.to(dtype), dtype=torch.float32)

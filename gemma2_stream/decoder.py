@@ -14,17 +14,24 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma2.modeling_gemma2 import (
-    Gemma2Attention,
-    Gemma2MLP,
+    Gemma2DecoderLayer,
     Gemma2RMSNorm,
 )
 from transformers.utils.generic import can_return_tuple
 
-from .compiled import Kernels, compilation
+from .compiled import STEP, Kernels, compilation
 from .int8 import Int8Linear
 from .kv import CACHE_NAME
 from .norms import InPlaceNorm
-from .products import FusedMLP, HeadLinear, JoinedAttention, RowLinear, as_one, columns, few_rows
+from .products import (
+    HeadLinear,
+    JoinedAttention,
+    RowLinear,
+    TurnedLinear,
+    as_one,
+    columns,
+    few_rows,
+)
 
 
 def equip(model: nn.Module) -> None:
@@ -37,15 +44,14 @@ def equip(model: nn.Module) -> None:
         modeling_gemma2.Gemma2ForCausalLM: Gemma2ForCausalLM,
         Gemma2RMSNorm: CompiledNorm,
         InPlaceNorm: CompiledNorm,
-        Gemma2MLP: CompiledMLP,
-        FusedMLP: CompiledFusedMLP,
-        Gemma2Attention: CompiledAttention,
-        JoinedAttention: CompiledAttention,
+        Gemma2DecoderLayer: CompiledLayer,
     }
     for module in model.modules():
         kind = equipped.get(type(module))
         if kind is not None and kind.fits(module):
             module.__class__ = kind
+            if kind is CompiledLayer:
+                module.self_attn.__class__ = JoinedAttention  # so that they come to be neighbours
 
 
 def _kernels() -> Kernels:
@@ -57,7 +63,7 @@ def _kernels() -> Kernels:
 
 def _known(*products: nn.Module) -> bool:
     """Whether nobody has changed them, and their weights are what the kernels read."""
-    if {*map(type, products)} not in ({RowLinear}, {HeadLinear}, {Int8Linear}):
+    if {*map(type, products)} not in ({RowLinear}, {TurnedLinear}, {HeadLinear}, {Int8Linear}):
         return False
     return not any(module.weight.is_mkldnn for module in products)
 
@@ -116,78 +122,88 @@ class CompiledNorm(InPlaceNorm):
         return kernels.normed(x, self.weight, self.eps)
 
 
-class CompiledMLP(Gemma2MLP):
-    """Few rows of gate and up, whose sums are rounded after the activation."""
+class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
+    """Of few tokens, in one go: a call of a module takes as long as most of what is computed."""
 
     @staticmethod
-    def fits(mlp: Any) -> bool:
-        gelu = mlp.config.hidden_activation == "gelu_pytorch_tanh"
-        return gelu and _known(mlp.gate_proj, mlp.up_proj)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernels, rows = _kernels(), x.reshape(-1, x.shape[-1])
-        if not all(kernels.takes(rows, at.weight) for at in (self.gate_proj, self.up_proj)):
-            return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
-        gate, up = (
-            kernels.product(rows, at.weight, getattr(at, "scale", None), torch.float32)
-            for at in (self.gate_proj, self.up_proj)
+    def fits(layer: Any) -> bool:
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return (
+            mlp.config.hidden_activation == "gelu_pytorch_tanh"
+            and mlp.config.intermediate_size % STEP == 0
+            and _known(*inputs, mlp.gate_proj, mlp.up_proj)
+            and _known(attention.o_proj, mlp.down_proj)
         )
-        gated = kernels.gated(gate, up)
-        return self.down_proj(gated.view(*x.shape[:-1], -1))  # type: ignore[no-any-return]
-
-
-class CompiledFusedMLP(CompiledMLP, FusedMLP):
-    """The same, and more rows as that has them."""
-
-
-class CompiledAttention(JoinedAttention):
-    """Of few tokens; queries, keys and values are one product if their weights are neighbours."""
-
-    @staticmethod
-    def fits(attention: Any) -> bool:
-        return _known(attention.q_proj, attention.k_proj, attention.v_proj)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if not self._takes(hidden_states, position_embeddings, attention_mask):
-            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        attention, kernels = cast(JoinedAttention, self.self_attn), _kernels()
+        residual = hidden_states.reshape(-1, hidden_states.shape[-1])
+        if not (
+            few_rows(residual)
+            and self.config._attn_implementation == "grouped"
+            and kernels.takes_norm(residual, self.input_layernorm.weight)
+            and kernels.takes_attention(hidden_states, *position_embeddings, attention_mask)
+        ):
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, position_ids, *args, **kwargs
+            )
+
+        def normed(
+            norm: Any, states: torch.Tensor, residual: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return kernels.normed(states, norm.weight, norm.eps, residual)
+
         heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        kernels, product = _kernels(), self._product(hidden_states)
+        product = _product(normed(self.input_layernorm, residual), *attention.joined)
+        product = product.view(*hidden_states.shape[:2], -1)
         queries, keys, values = kernels.rotated(product, *position_embeddings, heads, groups)
         if (cache := kwargs.get(CACHE_NAME)) is not None:
-            keys, values = cache.update(keys, values, self.layer_idx)
-        output = kernels.attended(
-            queries, keys, values, attention_mask, self.scaling, self.attn_logit_softcapping
+            keys, values = cache.update(keys, values, attention.layer_idx)
+        states = kernels.attended(
+            queries,
+            keys,
+            values,
+            attention_mask,
+            attention.scaling,
+            attention.attn_logit_softcapping,
         )
-        return self.o_proj(output.flatten(2)), None
+        states = _product(states.view(len(residual), -1), attention.o_proj)
+        residual = normed(self.post_attention_layernorm, states, residual)
+        states = self._fed(normed(self.pre_feedforward_layernorm, residual))
+        return normed(self.post_feedforward_layernorm, states, residual).view(hidden_states.shape)
 
-    def _takes(
-        self,
-        states: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-    ) -> bool:
-        return (
-            few_rows(states)
-            and self.config._attn_implementation == "grouped"
-            and _kernels().takes_attention(states, *positions, mask)
+    def _fed(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the MLP makes of `rows` (n, hidden size)."""
+        mlp, kernels = self.mlp, _kernels()
+        if not all(kernels.takes(rows, at.weight) for at in (mlp.gate_proj, mlp.up_proj)):
+            return mlp(rows)  # type: ignore[no-any-return]
+        gate, up = (
+            kernels.product(rows, at.weight, getattr(at, "scale", None), torch.float32)
+            for at in (mlp.gate_proj, mlp.up_proj)
         )
+        return _product(kernels.gated(gate, up), mlp.down_proj)
 
-    def _product(self, states: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values, (rows, new, all of them)."""
-        weight = as_one(*(at.weight for at in self.joined))
-        if weight is None:
-            return torch.cat([at(states) for at in self.joined], -1)
-        if isinstance(self.q_proj, RowLinear):
-            product = columns(states, weight, self.q_proj.few).mT
-            return product.contiguous().view(*states.shape[:2], -1)
-        rows = states.reshape(-1, states.shape[-1])
-        if not _kernels().takes(rows, weight):
-            return torch.cat([at(states) for at in self.joined], -1)
-        scale = torch.cat([at.scale for at in self.joined])
-        return _kernels().product(rows, weight, scale).view(*states.shape[:2], -1)
+
+def _product(rows: torch.Tensor, *modules: Any) -> torch.Tensor:
+    """Of `rows` (n, in) and all `modules`, (n, all outputs): one, if weights are neighbours."""
+    if len(modules) == 1:
+        weight, scale = modules[0].weight, getattr(modules[0], "scale", None)
+    else:
+        weight = as_one(*(module.weight for module in modules))
+        scales = [module.scale for module in modules if isinstance(module, Int8Linear)]
+        scale = torch.cat(scales) if scales else None
+    kernels = _kernels()
+    if weight is not None and kernels.takes(rows, weight):
+        return kernels.product(rows, weight, scale)
+    if weight is not None and isinstance(modules[0], TurnedLinear):
+        return columns(rows, weight, modules[0].few).mT.contiguous()
+    return torch.cat([module(rows) for module in modules], -1)

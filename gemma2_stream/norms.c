@@ -3,9 +3,10 @@
 
 #include "vectors.h"
 
-/* y = x / rms(x) * (1 + weight), for `rows` of `size`, a multiple of 16. */
-void norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, long rows, long size, float eps,
-          int threads) {
+/* y = x / rms(x) * (1 + weight), for `rows` of `size`, a multiple of 16; added to `residual`, if
+   that is not NULL. */
+void norm(const uint16_t *x, const uint16_t *weight, const uint16_t *residual, uint16_t *y,
+          long rows, long size, float eps, int threads) {
     const __m512 one = _mm512_set1_ps(1);
     _Pragma("omp parallel for num_threads(threads) if (rows > 4)")
     for (long at = 0; at < rows * size; at += size) {
@@ -16,7 +17,9 @@ void norm(const uint16_t *x, const uint16_t *weight, uint16_t *y, long rows, lon
         const __m512 factor = _mm512_set1_ps(1 / __builtin_sqrtf(mean + eps));
         for (long i = 0; i < size; i += LANES) {
             const __m512 scaled = _mm512_mul_ps(wide(x + at + i), factor);
-            narrow(y + at + i, _mm512_mul_ps(scaled, _mm512_add_ps(one, wide(weight + i))));
+            const __m512 more = _mm512_add_ps(one, wide(weight + i));
+            narrow(y + at + i, residual ? _mm512_fmadd_ps(scaled, more, wide(residual + at + i))
+                                        : _mm512_mul_ps(scaled, more));
         }
     }
 }

@@ -4,8 +4,6 @@
    The sums are float32, and multiplied with `scale` (outs) in bfloat16, if that is not NULL; so is
    y (rows, outs), or bfloat16 if `rounds`. */
 
-#include <string.h>
-
 #include "vectors.h"
 
 /* Columns at a time; outputs for which what was read of x serves, and rows of which all sums with
@@ -24,21 +22,25 @@ ALWAYS __m512bh read_int8(const int8_t *from) {
     return _mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(high), _mm512_cvtepi32_ps(low));
 }
 
-/* Where sums go. Inlined everywhere, they would be most of what there is to compile. */
+/* Where sums go. */
 struct output { void *y; const uint16_t *scale; int rounds; };
 
-static __attribute__((noinline)) void put(const struct output *to, long at, long column, float sum) {
+/* Adds up four of them, of which the first `wide` are there, for the outputs from `column` on. */
+static __attribute__((noinline)) void put(const struct output *to, long at, long column, int wide,
+                                          __m512 a, __m512 b, __m512 c, __m512 d) {
+#define HALVED(x) _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1))
+    const __m256 first = _mm256_hadd_ps(HALVED(a), HALVED(b));
+    const __m256 second = _mm256_hadd_ps(HALVED(c), HALVED(d)), all = _mm256_hadd_ps(first, second);
+    const __mmask8 there = (1 << wide) - 1;
+    __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
     if (to->scale) {
-        const uint32_t bits = (uint32_t)to->scale[column] << 16;
-        float scale;
-        memcpy(&scale, &bits, sizeof scale);
-        sum *= scale;
+        const __m128i scale = _mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(there, to->scale + column));
+        sums = _mm_mul_ps(sums, _mm_castsi128_ps(_mm_slli_epi32(scale, 16)));
     }
-    if (to->rounds) {
-        const __m128i rounded = (__m128i)_mm_cvtneps_pbh(_mm_set_ss(sum));
-        ((uint16_t *)to->y)[at] = _mm_extract_epi16(rounded, 0);
-    } else
-        ((float *)to->y)[at] = sum;
+    if (to->rounds)
+        _mm_mask_storeu_epi16((uint16_t *)to->y + at, there, (__m128i)_mm_cvtneps_pbh(sums));
+    else
+        _mm_mask_storeu_ps((float *)to->y + at, there, sums);
 }
 
 /* PRODUCT(name, type) makes
@@ -77,10 +79,11 @@ static __attribute__((noinline)) void put(const struct output *to, long at, long
                 EACH(o, wide) sums[r][o] = _mm512_dpbf16_ps(sums[r][o], weights[o], part);         \
             }                                                                                      \
         }                                                                                          \
-        EACH(r, rows) EACH(o, wide) {                                                              \
-            const float sum = _mm512_reduce_add_ps(sums[r][o]);                                    \
-            put(to, (row + r) * outs + column + o, column + o, sum);                               \
-        }                                                                                          \
+        const __m512 none = _mm512_setzero_ps();                                                   \
+        EACH(r, rows)                                                                              \
+            put(to, (row + r) * outs + column, column, wide, sums[r][0],                           \
+                wide > 1 ? sums[r][1] : none, wide > 2 ? sums[r][2] : none,                        \
+                wide > 3 ? sums[r][3] : none);                                                     \
     }                                                                                              \
     static void name##_group(const type *weight, const uint16_t *x, const struct output *to,       \
                              long row, long column, long ins, long outs, int rows, int wide,       \

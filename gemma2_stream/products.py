@@ -57,15 +57,20 @@ def hasten(model: nn.Module, few: Callable[[torch.Tensor], Few] | None = None) -
         head.__class__ = HeadLinear
     for module in model.modules():
         if type(module) is Gemma2MLP and type(module.gate_proj) is RowLinear:
-            module.down_proj.__class__ = TurnedLinear
+            _leave_turned(module.down_proj)
             if _fuses(module):
                 module.__class__ = FusedMLP
         elif type(module) is Gemma2Attention and type(module.q_proj) is RowLinear:
-            module.o_proj.__class__ = TurnedLinear
+            _leave_turned(module.o_proj)
             module.__class__ = JoinedAttention
     if any(isinstance(module, RowLinear) for module in model.modules()):
         # They don't come back from oneDNN's products, nor from what is written in place.
         model.requires_grad_(False)
+
+
+def _leave_turned(linear: nn.Module) -> None:
+    if type(linear) is RowLinear:
+        linear.__class__ = TurnedLinear
 
 
 def neighbours(model: nn.Module) -> Iterator[list[nn.Parameter]]:
@@ -112,7 +117,7 @@ def with_avx512(weight: torch.Tensor) -> Few:
 
 def with_compiler(weight: torch.Tensor) -> Few:
     """The same, and what compiled.py has."""
-    return Few(MANY + 1 if _aliases(weight) else MOST + 1, _compiled)
+    return Few(MANY + 1 if _aliases(weight) else MOST[torch.bfloat16] + 1, _compiled)
 
 
 def with_neither(_: torch.Tensor) -> Few:

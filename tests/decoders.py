@@ -25,12 +25,19 @@ def capped_gemma(softcap: float | None = CAP) -> Any:
 
 def attended(model: Any, states: torch.Tensor, mask: torch.Tensor, past: int, cache: Any) -> Any:
     """What the first attention of `model` makes of `states` (rows, tokens, 64) behind `past`."""
-    attention, dtype = model.model.layers[0].self_attn, model.dtype
+    return in_two(model.model.layers[0].self_attn, model, states, mask, past, cache)[0]
+
+
+def in_two(
+    module: Any, model: Any, states: torch.Tensor, mask: torch.Tensor, past: int, cache: Any
+) -> Any:
+    """What `module`, an attention or a layer, makes of those from `past` on, after the others."""
+    dtype = model.dtype
     positions = torch.arange(states.shape[1])[None]
     embeddings = model.model.rotary_emb(states.bfloat16(), positions)
     for part in (slice(0, past), slice(past, None)):
         if part.stop != 0:
-            found, _ = attention(
+            found = module(
                 hidden_states=states[:, part].to(dtype),
                 position_embeddings=tuple(each[:, part].to(dtype) for each in embeddings),
                 attention_mask=mask[..., part, : part.stop].to(dtype),

@@ -9,29 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import CAP, attended, capped_gemma, causal, logits, off
+from decoders import CAP, capped_gemma, causal, in_two, logits, off
 from matrices import Calls, error, no_grad  # noqa: F401  # a fixture
 from tiny import random_gemma
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.models.gemma2 import modeling_gemma2
-from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream.attention import prefer_grouped
-from gemma2_stream.compiled import MOST, compilation
+from gemma2_stream.compiled import MOST as MOST_BY_TYPE
+from gemma2_stream.compiled import compilation
 from gemma2_stream.decoder import (
-    CompiledAttention,
-    CompiledFusedMLP,
-    CompiledMLP,
+    CompiledLayer,
     CompiledNorm,
     Gemma2ForCausalLM,
 )
 from gemma2_stream.kv import CACHE_NAME, KVCache
 from gemma2_stream.loading import prepare
 from gemma2_stream.pages import enlarge
-from gemma2_stream.products import MANY, HeadLinear, JoinedAttention, neighbours
+from gemma2_stream.products import MANY, HeadLinear, neighbours
 
+MOST = MOST_BY_TYPE[torch.bfloat16]
 HERE = compilation()
 COMPILED = pytest.mark.skipif(
     HERE.kernels is None,
@@ -60,6 +59,11 @@ def plain(model: Any) -> Any:
     return model
 
 
+def layered(model: Any, *given: Any) -> Any:
+    """What the first layer of `model` makes of them."""
+    return in_two(model.model.layers[0], model, *given)
+
+
 @pytest.mark.skipif(HERE.kernels is not None, reason="here it can be compiled")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_where_nothing_is_compiled_all_stays(preset: str) -> None:
@@ -72,16 +76,16 @@ def test_where_nothing_is_compiled_all_stays(preset: str) -> None:
 @COMPILED
 @pytest.mark.parametrize("softcap", [None, CAP])
 @pytest.mark.parametrize(("rows", "new"), [(1, 6), (1, 31), (1, MANY), (3, 5), (MANY, 1)])
-def test_attention_of_few_tokens_is_nearer_to_float32_than_eager(
+def test_a_layer_of_few_tokens_is_nearer_to_float32_than_eager(
     rows: int, new: int, softcap: float | None
 ) -> None:
     wide = capped_gemma(softcap)
     states = torch.randn(rows, (past := 100) + new, 64).bfloat16().float()
     mask = causal(rows, past + new)
-    true = attended(wide, states, mask, past, KVCache())
-    eager = attended(copy.deepcopy(wide).bfloat16(), states, mask, past, KVCache())
+    true = layered(wide, states, mask, past, KVCache())
+    eager = layered(copy.deepcopy(wide).bfloat16(), states, mask, past, KVCache())
     with Calls() as calls:
-        found = attended(loaded(wide), states, mask, past, KVCache())
+        found = layered(loaded(wide), states, mask, past, KVCache())
     assert "addcmul_" not in calls.names  # as torch would rotate few tokens
     assert (found.shape, found.dtype) == (true.shape, torch.bfloat16)
     assert off(found, true) < (0.9 if softcap is None else 0.7) * off(eager, true)
@@ -90,18 +94,18 @@ def test_attention_of_few_tokens_is_nearer_to_float32_than_eager(
 @COMPILED
 @pytest.mark.parametrize("softcap", [None, CAP])
 @pytest.mark.parametrize("kind", [type(None), KVCache, DynamicCache])
-def test_attention_of_few_tokens_takes_any_cache(kind: Any, softcap: float | None) -> None:
+def test_a_layer_of_few_tokens_takes_any_cache(kind: Any, softcap: float | None) -> None:
     """Or none, or no mask."""
     wide = capped_gemma(softcap)
     states, mask = torch.randn(2, 9, 64), torch.zeros(2, 1, 9, 9)
-    true = attended(wide, states, mask, 0, None)
+    true = layered(wide, states, mask, 0, None)
     model, cache = loaded(wide), kind()
-    masked = attended(model, states, mask, 0, cache)
+    masked = layered(model, states, mask, 0, cache)
     assert error(masked, true) < 0.03
     if cache is not None:
         assert cache.layers[0].keys.dtype == torch.bfloat16
     embeddings = model.model.rotary_emb(states.bfloat16(), torch.arange(9)[None])
-    found, _ = model.model.layers[0].self_attn(states.bfloat16(), embeddings)
+    found = model.model.layers[0](states.bfloat16(), embeddings)
     assert torch.equal(found, masked)
 
 
@@ -157,18 +161,13 @@ def test_nothing_between_the_products_of_few_tokens_is_torch_s(tokens: int, pres
 @pytest.mark.parametrize("preset", PRESETS)
 def test_more_tokens_are_as_without(preset: str) -> None:
     model = loaded(random_gemma(vocab=320), preset)
-    attention, ids = model.model.layers[0].self_attn, torch.arange(3, 4 + MANY)[None]
-    states = model.model.embed_tokens(ids)
-    embeddings = model.model.rotary_emb(states, torch.arange(ids.shape[1])[None])
-    for module, given in (
-        (attention, (states, embeddings)),
-        (model.model.layers[0].mlp, (states,)),
-        (model.model.layers[0].mlp, (states[:, : MOST + 1],)),
-    ):
-        found, expected = module(*given), plain(module)(*given)
-        if module is attention:
-            found, expected = found[0], expected[0]
-        assert torch.equal(found, expected)
+    states = torch.randn(1, MANY + 1, 64).bfloat16()
+    embeddings = model.model.rotary_emb(states, torch.arange(MANY + 1)[None])
+    layer, without = model.model.layers[0], plain(model).model.layers[0]
+    with Calls() as calls:
+        found = layer(states, embeddings)
+    assert "softmax" in calls.names
+    assert error(found, without(states, embeddings)) < 0.02
 
 
 @COMPILED
@@ -176,16 +175,16 @@ def test_more_tokens_are_as_without(preset: str) -> None:
 def test_queries_keys_and_values_are_one_product(preset: str) -> None:
     """But not of weights that are no neighbours."""
     model = loaded(random_gemma(vocab=320), preset)
-    joined, parted = model.model.layers[0].self_attn, copy.deepcopy(model).model.layers[0].self_attn
+    joined, parted = model.model.layers[0], copy.deepcopy(model).model.layers[0]
     states = torch.randn(1, 1, 64).bfloat16()
     embeddings = model.model.rotary_emb(states, torch.zeros(1, 1))
     calls = [Calls(), Calls()]
     with calls[0]:
-        found, _ = joined(states, embeddings)
+        found = joined(states, embeddings)
     with calls[1]:
-        expected, _ = parted(states, embeddings)
+        expected = parted(states, embeddings)
     assert torch.equal(found, expected)
-    assert [each.names.count("empty") for each in calls] == [3, 5]
+    assert calls[1].names.count("empty") - calls[0].names.count("empty") == 2
 
 
 @COMPILED
@@ -201,8 +200,7 @@ def test_an_equipped_gemma_keeps_its_names_and_its_ties(preset: str, tmp_path: P
     kinds = Counter(map(type, model.modules()))
     assert kinds[Gemma2ForCausalLM] == 1
     assert kinds[CompiledNorm] == 4 * 4 + 1
-    assert kinds[CompiledAttention] == 4
-    assert kinds[CompiledFusedMLP if preset == "speed" else CompiledMLP] == 4
+    assert kinds[CompiledLayer] == 4
     assert isinstance(model, modeling_gemma2.Gemma2ForCausalLM)
     if preset == "speed":
         model.save_pretrained(tmp_path)
@@ -224,14 +222,16 @@ class Adapted(nn.Linear):
 @COMPILED
 def test_what_is_not_gemma_s_own_stays() -> None:
     """Another activation, an adapter in the place of a product, no cap, another attention."""
-    model = random_gemma(vocab=320, hidden_activation="relu", final_logit_softcapping=None)
-    attention = model.model.layers[0].self_attn
-    attention.k_proj = Adapted(64, 64, bias=False)
+    model = random_gemma(vocab=320, final_logit_softcapping=None)
+    first, second, third, _ = model.model.layers
+    first.self_attn.k_proj = Adapted(64, 64, bias=False)
+    second.mlp.config = copy.copy(model.config)
+    second.mlp.config.hidden_activation = "relu"
+    third.mlp.down_proj = Adapted(128, 64, bias=False)
     model = loaded(model)
     kinds = Counter(map(type, model.modules()))
     assert kinds[modeling_gemma2.Gemma2ForCausalLM] == 1
-    assert kinds[Gemma2MLP] == 4
-    assert (kinds[JoinedAttention], kinds[CompiledAttention]) == (1, 3)
+    assert (kinds[modeling_gemma2.Gemma2DecoderLayer], kinds[CompiledLayer]) == (3, 1)
     model.set_attn_implementation("eager")
     attentions = model(torch.arange(5)[None], output_attentions=True).attentions
     assert [each.shape for each in attentions] == [(1, 4, 5, 5)] * 4
@@ -275,7 +275,11 @@ def test_gradients_come_back_to_who_wants_them() -> None:
     """From embeddings, say; what is loaded for speed has none of its own."""
     model = loaded(random_gemma(vocab=320))
     embeds = model.get_input_embeddings()(torch.arange(3, 6)[None]).clone().requires_grad_()
-    for module in (model.model.layers[0].mlp, model.lm_head):
+    for module in (
+        model.model.layers[0].mlp,
+        model.lm_head,
+        model.model.layers[0].mlp.up_proj,
+    ):
         with torch.enable_grad():
             [gradient] = torch.autograd.grad(module(embeds).float().sum(), embeds)
         assert gradient.abs().sum() > 0

@@ -19,7 +19,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.gemma2.modeling_gemma2 import Gemma2MLP
 
 from gemma2_stream.attention import prefer_grouped
-from gemma2_stream.compiled import MOST, compilation
+from gemma2_stream.compiled import MOST as MOST_BY_TYPE
+from gemma2_stream.compiled import compilation
 from gemma2_stream.kv import KVCache
 from gemma2_stream.norms import ease
 from gemma2_stream.pages import enlarge
@@ -42,6 +43,7 @@ from gemma2_stream.products import (
     with_neither,
 )
 
+MOST = MOST_BY_TYPE[torch.bfloat16]
 WAYS = (with_amx, with_avx512, with_compiler, with_neither)
 Way = Callable[[torch.Tensor], Few]
 
