@@ -70,7 +70,7 @@ def hasten(model: nn.Module, few: Callable[[torch.Tensor], Few] | None = None) -
 
 def _leave_turned(linear: nn.Module) -> None:
     if type(linear) is RowLinear:
-        linear.__class__ = TurnedLinear
+        linear.__class__ = TurnedLinear  # type: ignore[assignment]
 
 
 def neighbours(model: nn.Module) -> Iterator[list[nn.Parameter]]:
