@@ -1,6 +1,6 @@
 """Kernels in C for few tokens, compiled for this processor when a model is loaded.
 
-Knows a C compiler and what compiled.c wants; nothing of models, and of who computes what.
+Knows a C compiler and what layer.c wants; nothing of models, and of who computes what.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
 
-SOURCE = Path(__file__).with_name("compiled.c")
+SOURCE = Path(__file__).with_name("layer.c")
 
 # What columns and sizes of heads must be a multiple of.
 STEP = 32
@@ -37,8 +38,54 @@ MOST = {torch.bfloat16: 24, torch.int8: 64}
 SECONDS = 60
 
 
+class Product(ctypes.Structure):
+    """With a weight (outs, in), which may be int8 with a scale (outs,)."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("outs", ctypes.c_long),
+        ("narrow", ctypes.c_int),
+    )
+
+
+class Layer(ctypes.Structure):
+    """Addresses and sizes of a decoder layer, for as long as its weights stay where they are."""
+
+    _fields_ = (
+        *((name, Product) for name in ("inputs", "output", "gate", "up", "down")),
+        *((name, ctypes.c_void_p) for name in ("before_attention", "after_attention")),
+        *((name, ctypes.c_void_p) for name in ("before_mlp", "after_mlp")),
+        *((name, ctypes.c_long) for name in ("size", "heads", "groups", "head_size")),
+        *((name, ctypes.c_float) for name in ("eps", "scaling", "softcap")),
+        ("threads", ctypes.c_int),
+    )
+
+    @classmethod
+    def of(
+        cls,
+        products: Sequence[tuple[Any, torch.Tensor | None]],
+        norms: Sequence[torch.Tensor],
+        *sizes: float,
+    ) -> Self:
+        """Of five weights with their scales, four norms, and the numbers in the order of fields."""
+        described = [
+            Product(
+                weight.data_ptr(),
+                None if scale is None else scale.data_ptr(),
+                len(weight),
+                weight.dtype == torch.int8,
+            )
+            for weight, scale in products
+        ]
+        addresses = [norm.data_ptr() for norm in norms]
+        layer = cls(*described, *addresses, *sizes, torch.get_num_threads())
+        layer.kept = products
+        return layer
+
+
 class Kernels:
-    """Calls into a library made of compiled.c, on tensors in bfloat16 on the CPU. They are read by
+    """Calls into a library made of layer.c, on tensors in bfloat16 on the CPU. They are read by
     addresses: what `takes`, `takes_norm` and `takes_attention` refuse must not come here.
     """
 
@@ -57,13 +104,21 @@ class Kernels:
         self._capped = function("capped", [address, number, real, count])
         self._rotated = function("rotated", [*6 * [address], *6 * [number]])
         self._attend = function("attend", [*6 * [address], *10 * [number], real, real, count])
+        layer = ctypes.POINTER(Layer)
+        self._before = function("before", [layer, *6 * [address], *3 * [number]])
+        self._after = function("after", [layer, *6 * [address], *6 * [number]])
+        self._before.restype = self._after.restype = ctypes.c_int
 
     def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
-        """Whether this is a product, and one that the library has."""
+        """Whether this is a product, and one that the library has. It reads memory by addresses, so
+        whatever else comes is torch's, and its error.
+        """
+        return _ours(rows) and rows.shape[1] == weight.shape[1] and self.reads(weight, len(rows))
+
+    def reads(self, weight: torch.Tensor, rows: int) -> bool:
+        """Whether it has products of so many rows with `weight`."""
         return (
-            0 < len(rows) <= MOST.get(weight.dtype, 0)
-            and _ours(rows)
-            and rows.shape[1] == weight.shape[1]
+            0 < rows <= MOST.get(weight.dtype, 0)
             and weight.shape[1] % STEP == 0
             and weight.is_contiguous()
             and weight.is_cpu
@@ -80,7 +135,7 @@ class Kernels:
         out) in `dtype`, which is bfloat16 or float32, like all sums.
         """
         (outs, ins), rows = weight.shape, rows.contiguous()
-        scale = None if scale is None else scale.contiguous()
+        scale = None if scale is None else scale.to(torch.bfloat16).contiguous()
         product = torch.empty((len(rows), outs), dtype=dtype)
         self._products[weight.dtype](
             weight.data_ptr(),
@@ -97,7 +152,8 @@ class Kernels:
 
     def takes_norm(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether `normed` has it."""
-        return _ours(x, weight) and len(weight) % STEP == 0 and x.shape[-1:] == weight.shape
+        fits = len(weight) % STEP == 0 and x.shape[-1:] == weight.shape
+        return fits and _ours(x, weight) and weight.is_contiguous()
 
     def normed(
         self,
@@ -165,6 +221,56 @@ class Kernels:
             and (mask is None or (_ours(mask) and mask.shape[:-1] in ((rows, 1, new), (1, 1, new))))
         )
 
+    def before(
+        self, layer: Layer, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, as `rotated` gives them, of contiguous `states` (rows, new,
+        size).
+        """
+        (rows, new, _), size = states.shape, layer.head_size
+        heads, groups = layer.heads, layer.groups
+        cos, sin = cos.contiguous(), sin.contiguous()
+        queries, keys, values = (
+            states.new_empty(rows, count, new, size) for count in (heads, groups, groups)
+        )
+        tensors = (states, cos, sin, queries, keys, values)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        _done(self._before(layer, *addresses, rows, new, len(cos) > 1))
+        return queries, keys, values
+
+    def after(
+        self,
+        layer: Layer,
+        states: torch.Tensor,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the layer makes of `states` (rows, new, size), the rest as `attended` has it."""
+        (rows, new, _), tokens = states.shape, keys.shape[2]
+        keys, values = _alike(keys, values)
+        if mask is not None:
+            mask = mask.expand(-1, 1, new, tokens).contiguous()
+        result = torch.empty_like(states)
+        done = self._after(
+            layer,
+            states.data_ptr(),
+            queries.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+            result.data_ptr(),
+            rows,
+            new,
+            tokens,
+            keys.stride(0),
+            keys.stride(1),
+            mask is not None and len(mask) > 1,
+        )
+        _done(done)
+        return result
+
     def rotated(
         self, product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, groups: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -200,8 +306,7 @@ class Kernels:
         added. Returns (rows, new, heads, size).
         """
         (rows, heads, new, size), (groups, tokens) = queries.shape, keys.shape[1:3]
-        if keys.stride() != values.stride() or keys.stride()[2:] != (size, 1):
-            keys, values = keys.contiguous(), values.contiguous()
+        keys, values = _alike(keys, values)
         if mask is not None:
             mask = mask.expand(-1, 1, new, tokens).contiguous()
         room = QUERIES * (-tokens % 16 + tokens + size)
@@ -229,6 +334,19 @@ class Kernels:
             torch.get_num_threads(),
         )
         return output
+
+
+def _alike(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the same strides, contiguous within a head, and in bfloat16, whatever a cache has."""
+    keys, values = keys.bfloat16(), values.bfloat16()
+    if keys.stride() != values.stride() or keys.stride()[2:] != (keys.shape[3], 1):
+        keys, values = keys.contiguous(), values.contiguous()
+    return keys, values
+
+
+def _done(done: int) -> None:
+    if not done:
+        raise MemoryError("no memory is left for what a layer computes at the side")
 
 
 def _ours(*tensors: torch.Tensor) -> bool:

@@ -7,23 +7,27 @@ Gemma 2's modules, and nothing of who decides what is wanted.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma2.modeling_gemma2 import (
+    Gemma2Attention,
     Gemma2DecoderLayer,
+    Gemma2MLP,
     Gemma2RMSNorm,
 )
 from transformers.utils.generic import can_return_tuple
 
-from .compiled import STEP, Kernels, compilation
+from .compiled import MOST, Kernels, Layer, compilation
 from .int8 import Int8Linear
 from .kv import CACHE_NAME
 from .norms import InPlaceNorm
 from .products import (
+    FusedMLP,
     HeadLinear,
     JoinedAttention,
     RowLinear,
@@ -119,20 +123,33 @@ class CompiledNorm(InPlaceNorm):
         kernels = _kernels()
         if not kernels.takes_norm(x, self.weight):
             return super().forward(x)
-        return kernels.normed(x, self.weight, self.eps)
+        return _normed(self, x)
+
+
+class Described(NamedTuple):
+    """For the kernels, which have products of up to `most` rows; `inputs` is the weight of queries,
+    keys and values.
+    """
+
+    layer: Layer
+    most: int
+    inputs: torch.Tensor
 
 
 class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
-    """Of few tokens, in one go: a call of a module takes as long as most of what is computed."""
+    """Of few tokens, in two calls: calling one module after the other takes as long as most of what
+    they compute.
+    """
 
     @staticmethod
     def fits(layer: Any) -> bool:
         attention, mlp = layer.self_attn, layer.mlp
-        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         return (
             mlp.config.hidden_activation == "gelu_pytorch_tanh"
-            and mlp.config.intermediate_size % STEP == 0
-            and _known(*inputs, mlp.gate_proj, mlp.up_proj)
+            and type(attention) in (Gemma2Attention, JoinedAttention)
+            and type(mlp) in (Gemma2MLP, FusedMLP)
+            and _known(attention.q_proj, attention.k_proj, attention.v_proj)
+            and _known(mlp.gate_proj, mlp.up_proj)
             and _known(attention.o_proj, mlp.down_proj)
         )
 
@@ -145,65 +162,135 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        attention, kernels = cast(JoinedAttention, self.self_attn), _kernels()
-        residual = hidden_states.reshape(-1, hidden_states.shape[-1])
-        if not (
-            few_rows(residual)
+        kernels, described = _kernels(), None
+        if (
+            few_rows(hidden_states)
             and self.config._attn_implementation == "grouped"
-            and kernels.takes_norm(residual, self.input_layernorm.weight)
             and kernels.takes_attention(hidden_states, *position_embeddings, attention_mask)
         ):
+            described = self._described()
+        if described is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, *args, **kwargs
             )
-
-        def normed(
-            norm: Any, states: torch.Tensor, residual: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            return kernels.normed(states, norm.weight, norm.eps, residual)
-
-        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        product = _product(normed(self.input_layernorm, residual), *attention.joined)
-        product = product.view(*hidden_states.shape[:2], -1)
-        queries, keys, values = kernels.rotated(product, *position_embeddings, heads, groups)
+        states, attention = hidden_states.contiguous(), cast(JoinedAttention, self.self_attn)
+        rows = states.numel() // states.shape[-1]
+        if rows <= described.most:
+            attended = kernels.before(described.layer, states, *position_embeddings)
+        else:
+            attended = self._before(states, described.inputs, *position_embeddings)
+        queries, keys, values = attended
         if (cache := kwargs.get(CACHE_NAME)) is not None:
             keys, values = cache.update(keys, values, attention.layer_idx)
-        states = kernels.attended(
-            queries,
-            keys,
-            values,
-            attention_mask,
-            attention.scaling,
-            attention.attn_logit_softcapping,
+        if rows <= described.most:
+            return kernels.after(described.layer, states, queries, keys, values, attention_mask)
+        return self._after(states, queries, keys, values, attention_mask)
+
+    def _before(
+        self, states: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the kernel's, of more rows than its products gain for."""
+        few = cast(RowLinear, self.self_attn.q_proj).few
+        product = columns(_normed(self.input_layernorm, states), weight, few).mT.contiguous()
+        config = self.config
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        return _kernels().rotated(product.view(*states.shape[:2], -1), cos, sin, heads, groups)
+
+    def _after(
+        self,
+        states: torch.Tensor,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        at, (_, after_attention, before_mlp, after_mlp) = self.self_attn, _norms(self)
+        softcap = at.attn_logit_softcapping
+        attended = _kernels().attended(queries, keys, values, mask, at.scaling, softcap)
+        states = _normed(after_attention, at.o_proj(attended.flatten(2)), states)
+        return _normed(after_mlp, self.mlp(_normed(before_mlp, states)), states)
+
+    def _described(self) -> Described | None:
+        """If nobody has changed its modules, and their weights are what the kernels read."""
+        attention, mlp = self.self_attn, self.mlp
+        if type(attention) is not JoinedAttention or type(mlp) not in (Gemma2MLP, FusedMLP):
+            return None
+        modules = (
+            *attention.joined,
+            attention.o_proj,
+            mlp.gate_proj,
+            mlp.up_proj,
+            mlp.down_proj,
+            *_norms(self),
         )
-        states = _product(states.view(len(residual), -1), attention.o_proj)
-        residual = normed(self.post_attention_layernorm, states, residual)
-        states = self._fed(normed(self.pre_feedforward_layernorm, residual))
-        return normed(self.post_feedforward_layernorm, states, residual).view(hidden_states.shape)
-
-    def _fed(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the MLP makes of `rows` (n, hidden size)."""
-        mlp, kernels = self.mlp, _kernels()
-        if not all(kernels.takes(rows, at.weight) for at in (mlp.gate_proj, mlp.up_proj)):
-            return mlp(rows)  # type: ignore[no-any-return]
-        gate, up = (
-            kernels.product(rows, at.weight, getattr(at, "scale", None), torch.float32)
-            for at in (mlp.gate_proj, mlp.up_proj)
+        if tuple(map(type, modules)) not in _KINDS:
+            return None
+        key = (
+            torch.get_num_threads(),
+            torch.is_grad_enabled(),
+            *(module.weight.data_ptr() for module in modules),
         )
-        return _product(kernels.gated(gate, up), mlp.down_proj)
+        known = _DESCRIBED.get(self)
+        if known is None or known[0] != key:
+            known = _DESCRIBED[self] = key, self._describe(*modules)
+        return known[1]
+
+    def _describe(self, *modules: Any) -> Described | None:
+        inputs, (output, gate, up, down), norms = modules[:3], modules[3:7], modules[7:]
+        if torch.is_grad_enabled() and any(module.weight.requires_grad for module in modules):
+            return None
+        kernels = _kernels()
+        if not all(kernels.takes_norm(norm.weight, norm.weight) for norm in norms):
+            return None
+        if len({norm.eps for norm in norms}) > 1:
+            return None
+        at, config, size = self.self_attn, self.config, self.hidden_size
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        width, inner = heads * at.head_dim, config.intermediate_size
+        weights = [as_one(*(module.weight for module in inputs))]
+        weights += [module.weight for module in (output, gate, up, down)]
+        shapes = [(width + 2 * groups * at.head_dim, size), (size, width)]
+        shapes += [(inner, size), (inner, size), (size, inner)]
+        if any(
+            weight is None or weight.shape != shape or not kernels.reads(weight, 1)
+            for weight, shape in zip(weights, shapes, strict=True)
+        ):
+            return None
+        scales: list[torch.Tensor | None] = [None] * 5
+        if isinstance(output, Int8Linear):
+            scales = [torch.cat([module.scale for module in inputs]).bfloat16()]
+            scales += [module.scale.bfloat16() for module in (output, gate, up, down)]
+        softcap = at.attn_logit_softcapping or 0.0
+        layer = Layer.of(
+            [*zip(weights, scales, strict=True)],
+            [norm.weight for norm in norms],
+            *(size, heads, groups, at.head_dim),
+            *(norms[0].eps, at.scaling / (softcap or 1), softcap),
+        )
+        return Described(layer, MOST[output.weight.dtype], cast(torch.Tensor, weights[0]))
 
 
-def _product(rows: torch.Tensor, *modules: Any) -> torch.Tensor:
-    """Of `rows` (n, in) and all `modules`, (n, all outputs): one, if weights are neighbours."""
-    if len(modules) == 1:
-        weight, scale = modules[0].weight, getattr(modules[0], "scale", None)
-    else:
-        weight = as_one(*(module.weight for module in modules))
-        scales = [module.scale for module in modules if isinstance(module, Int8Linear)]
-        scale = torch.cat(scales) if scales else None
-    kernels = _kernels()
-    if weight is not None and kernels.takes(rows, weight):
-        return kernels.product(rows, weight, scale)
-    if weight is not None and isinstance(modules[0], TurnedLinear):
-        return columns(rows, weight, modules[0].few).mT.contiguous()
-    return torch.cat([module(rows) for module in modules], -1)
+# Of the products and norms of a layer that is as it was equipped, in bfloat16 and in int8.
+_KINDS = tuple(
+    (*products, *4 * [CompiledNorm])
+    for products in (
+        (*3 * [RowLinear], TurnedLinear, RowLinear, RowLinear, TurnedLinear),
+        7 * [Int8Linear],
+    )
+)
+
+# Not kept in modules, which are copied.
+_DESCRIBED: WeakKeyDictionary[CompiledLayer, tuple[Any, Described | None]] = WeakKeyDictionary()
+
+
+def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:
+    return (
+        layer.input_layernorm,
+        layer.post_attention_layernorm,
+        layer.pre_feedforward_layernorm,
+        layer.post_feedforward_layernorm,
+    )
+
+
+def _normed(norm: Any, states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    return _kernels().normed(states, norm.weight, norm.eps, residual)

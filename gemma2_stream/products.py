@@ -291,6 +291,8 @@ class FusedMLP(Gemma2MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        if {type(self.gate_proj), type(self.up_proj)} != {RowLinear}:  # as an adapter may come
+            return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
         if few_rows(x) and len(rows) < cast(RowLinear, self.gate_proj).few.turned_from:
             return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
         gate, up = self.gate_proj.weight, self.up_proj.weight

@@ -30,7 +30,7 @@ UNITS = torch.cpu.get_capabilities()
 ABLE = bool(UNITS.get("avx512_bf16")) and shutil.which("cc") is not None
 
 needs_units = pytest.mark.skipif(
-    not ABLE, reason="compiled.c needs a processor with AVX512-BF16, and a C compiler, cc"
+    not ABLE, reason="layer.c needs a processor with AVX512-BF16, and a C compiler, cc"
 )
 
 
@@ -120,6 +120,7 @@ def test_a_product_may_be_scaled_and_rounded(
     wide *= scale
     assert torch.equal(kernels.product(x, weight, scale, torch.float32), wide)
     assert torch.equal(kernels.product(x, weight, scale), wide.bfloat16())
+    assert torch.equal(kernels.product(x, weight, scale.float()), wide.bfloat16())
     assert torch.equal(kernels.product(x, weight, scale.repeat_interleave(2)[::2]), wide.bfloat16())
 
 

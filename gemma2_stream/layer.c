@@ -1,0 +1,82 @@
+/* A decoder layer of few tokens in two calls, between which its keys and values are kept: called
+   one by one, what is computed here waits as long as it takes. The fields and arguments are those of
+   compiled.py. */
+
+#include <stdlib.h>
+
+#include "attention.c"
+#include "norms.c"
+#include "products.c"
+
+struct product { const void *weight; const uint16_t *scale; long outs; int narrow; };
+
+struct layer {
+    struct product inputs, output, gate, up, down;
+    const uint16_t *before_attention, *after_attention, *before_mlp, *after_mlp;
+    long size, heads, groups, head_size;
+    float eps, scale, softcap;
+    int threads;
+};
+
+static void multiply(const struct layer *layer, const struct product *product, const uint16_t *x,
+                     void *y, int rounds, long rows, long ins) {
+    if (product->narrow)
+        int8(product->weight, x, y, product->scale, rounds, rows, ins, product->outs,
+             layer->threads);
+    else
+        bfloat16(product->weight, x, y, NULL, rounds, rows, ins, product->outs, layer->threads);
+}
+
+static void normalize(const struct layer *layer, const uint16_t *weight, const uint16_t *x,
+                      const uint16_t *residual, uint16_t *y, long rows) {
+    norm(x, weight, residual, y, rows, layer->size, layer->eps, layer->threads);
+}
+
+/* Queries, keys and values of `states` (rows, new, size), as `rotated` has them. Returns 0 if there
+   is no memory. */
+int before(const struct layer *layer, const uint16_t *states, const uint16_t *cos,
+           const uint16_t *sin, uint16_t *queries, uint16_t *keys, uint16_t *values, long rows,
+           long new, long turns) {
+    const long count = rows * new;
+    uint16_t *normed = malloc(count * (layer->size + layer->inputs.outs) * sizeof *normed);
+    if (!normed) return 0;
+    uint16_t *product = normed + count * layer->size;
+    normalize(layer, layer->before_attention, states, NULL, normed, count);
+    multiply(layer, &layer->inputs, normed, product, 1, count, layer->size);
+    rotated(product, cos, sin, queries, keys, values, rows, new, layer->heads, layer->groups,
+            layer->head_size, turns);
+    free(normed);
+    return 1;
+}
+
+/* What the layer makes of `states`, of the same shape as `result`: the rest of it, with keys, values
+   and `mask` as `attend` has them. */
+int after(const struct layer *layer, const uint16_t *states, const uint16_t *queries,
+          const uint16_t *keys, const uint16_t *values, const uint16_t *mask, uint16_t *result,
+          long rows, long new, long tokens, long row_step, long group_step, long masks) {
+    const long count = rows * new, size = layer->size, inner = layer->gate.outs;
+    const long width = layer->heads * layer->head_size, each = layer->heads / layer->groups;
+    const long room = SOME * ((tokens + LANES - 1) / LANES * LANES + layer->head_size);
+    const long scores = rows * layer->groups * room, floats = scores + 2 * count * inner;
+    float *scratch = malloc(floats * sizeof(float) + count * (width + 3 * size + inner) * 2);
+    if (!scratch) return 0;
+    float *gate = scratch + scores, *up = gate + count * inner;
+    uint16_t *attended = (uint16_t *)(scratch + floats), *both = attended + count * width;
+    uint16_t *projected = both + count * inner, *normed = projected + count * size;
+    uint16_t *residual = normed + count * size;
+
+    attend(queries, keys, values, mask, scratch, attended, rows, layer->groups, each * new, new,
+           tokens, layer->head_size, row_step, group_step, masks, room, layer->scale,
+           layer->softcap, layer->threads);
+    multiply(layer, &layer->output, attended, projected, 1, count, width);
+    normalize(layer, layer->after_attention, projected, states, residual, count);
+
+    normalize(layer, layer->before_mlp, residual, NULL, normed, count);
+    multiply(layer, &layer->gate, normed, gate, 0, count, size);
+    multiply(layer, &layer->up, normed, up, 0, count, size);
+    gated(gate, up, both, count * inner, layer->threads);
+    multiply(layer, &layer->down, both, projected, 1, count, inner);
+    normalize(layer, layer->after_mlp, projected, residual, result, count);
+    free(scratch);
+    return 1;
+}
