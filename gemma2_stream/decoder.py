@@ -99,10 +99,10 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
     def _capped(self, states: torch.Tensor) -> torch.Tensor:
         kernels = _kernels()
         softcap = cast(float, self.config.final_logit_softcapping)
-        rows, weight = states.reshape(-1, states.shape[-1]), self.lm_head.weight
-        if kernels.takes(rows, weight):
+        rows = states.reshape(-1, states.shape[-1])
+        if _known(self.lm_head) and kernels.takes(rows, self.lm_head.weight):
             scale = getattr(self.lm_head, "scale", None)
-            logits = kernels.product(rows, weight, scale, torch.float32)
+            logits = kernels.product(rows, self.lm_head.weight, scale, torch.float32)
             logits = logits.view(*states.shape[:-1], -1)
         else:
             logits = self.lm_head(states).float()
@@ -165,6 +165,8 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         kernels, described = _kernels(), None
         if (
             few_rows(hidden_states)
+            and hidden_states.shape[-1] == self.hidden_size
+            and position_embeddings[0].shape[-1] == self.self_attn.head_dim
             and self.config._attn_implementation == "grouped"
             and kernels.takes_attention(hidden_states, *position_embeddings, attention_mask)
         ):

@@ -192,12 +192,24 @@ def test_queries_keys_and_values_are_one_product(preset: str) -> None:
 
 
 @COMPILED
-@pytest.mark.parametrize("name", ["q_proj", "o_proj", "gate_proj", "down_proj"])
+def test_states_that_do_not_fit_are_torch_s_error() -> None:
+    """And no read beyond what is there."""
+    model = loaded(random_gemma(vocab=320))
+    with pytest.raises(RuntimeError):
+        model(inputs_embeds=torch.randn(1, 3, 32).bfloat16())
+    turn = torch.rand(1, 3, 64).bfloat16()
+    with pytest.raises(RuntimeError):
+        model.model.layers[0](torch.randn(1, 3, 64).bfloat16(), (turn, turn))
+
+
+@COMPILED
+@pytest.mark.parametrize("name", ["q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_adapter_that_comes_later_is_called(name: str, preset: str) -> None:
     model, ids = loaded(random_gemma(vocab=320), preset), torch.arange(3, 6)[None]
     before, layer = model(ids).logits, model.model.layers[1]
-    parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+    parents = (layer.self_attn, layer.mlp, model)
+    [parent] = [module for module in parents if name in dict(module.named_children())]
     product = getattr(parent, name)
     adapter = Adapted(product.in_features, product.out_features, bias=False, dtype=torch.bfloat16)
     setattr(parent, name, adapter)
