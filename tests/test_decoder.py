@@ -192,14 +192,15 @@ def test_queries_keys_and_values_are_one_product(preset: str) -> None:
 
 
 @COMPILED
-def test_states_that_do_not_fit_are_torch_s_error() -> None:
-    """And no read beyond what is there."""
+def test_what_does_not_fit_is_torch_s() -> None:
+    """Its error, or its answer, and no read beyond what is there."""
     model = loaded(random_gemma(vocab=320))
     with pytest.raises(RuntimeError):
         model(inputs_embeds=torch.randn(1, 3, 32).bfloat16())
-    turn = torch.rand(1, 3, 64).bfloat16()
-    with pytest.raises(RuntimeError):
-        model.model.layers[0](torch.randn(1, 3, 64).bfloat16(), (turn, turn))
+    states, turn = torch.randn(1, 3, 64).bfloat16(), torch.rand(1, 3, 64).bfloat16()
+    with Calls() as calls:
+        model.model.layers[0](states, (turn, turn))
+    assert "softmax" in calls.names
 
 
 @COMPILED
