@@ -2,6 +2,7 @@
    contiguous where nothing else is said; what is computed is float32, and rounded once, but for the
    weights of values. `size` is a head's, and a multiple of 32. */
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "vectors.h"
@@ -139,15 +140,18 @@ static void divided(const float *sums, float total, uint16_t *output, long size)
    `queries` are (rows, groups, count, size), of which query i is of the new token i % new. Keys and
    values are (tokens, size) for each of (rows, groups), `row_step` and `group_step` elements apart.
    `mask` (rows or 1, new, tokens) is added, if it is not NULL; `masks` is 1 where it has rows.
-   `scratch` has `room` floats for each of (rows, groups), with what SCRATCH of compiled.py says.
-   `output` is (rows, new, groups, count / new, size). */
-void attend(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
-            const uint16_t *mask, float *scratch, uint16_t *output, long rows, long groups,
-            long count, long new, long tokens, long size, long row_step, long group_step,
-            long masks, long room, float scale, float softcap, int threads) {
+   `output` is (rows, new, groups, count / new, size). Returns 0 if there is no memory. */
+int attend(const uint16_t *queries, const uint16_t *keys, const uint16_t *values,
+           const uint16_t *mask, uint16_t *output, long rows, long groups, long count, long new,
+           long tokens, long size, long row_step, long group_step, long masks, float scale,
+           float softcap, int threads) {
+    /* For each of (rows, groups), scores and then sums of SOME queries. */
+    const long stride = (tokens + LANES - 1) / LANES * LANES, room = SOME * (stride + size);
+    float *scratch = malloc(rows * groups * room * sizeof *scratch);
+    if (!scratch) return 0;
     _Pragma("omp parallel for num_threads(threads) schedule(dynamic)")
     for (long at = 0; at < rows * groups; at++) {
-        const long row = at / groups, group = at % groups, stride = room / SOME - size;
+        const long row = at / groups, group = at % groups;
         const uint16_t *hides = mask ? mask + row * masks * new * tokens : NULL;
         const long before = unseen(hides, new, tokens), left = tokens - before;
         const long first = row * row_step + group * group_step + before * size;
@@ -174,4 +178,6 @@ void attend(const uint16_t *queries, const uint16_t *keys, const uint16_t *value
             }
         }
     }
+    free(scratch);
+    return 1;
 }

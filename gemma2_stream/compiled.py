@@ -27,9 +27,6 @@ SOURCE = Path(__file__).with_name("layer.c")
 # What columns and sizes of heads must be a multiple of.
 STEP = 32
 
-# Of which `attend` makes scores at once.
-QUERIES = 4
-
 OPTIONS = ("-O3", "-march=native", "-fPIC")
 TYPES = {torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -103,11 +100,12 @@ class Kernels:
         self._gated = function("gated", [*3 * [address], number, count])
         self._capped = function("capped", [address, number, real, count])
         self._rotated = function("rotated", [*6 * [address], *6 * [number]])
-        self._attend = function("attend", [*6 * [address], *10 * [number], real, real, count])
+        self._attend = function("attend", [*5 * [address], *9 * [number], real, real, count])
         layer = ctypes.POINTER(Layer)
         self._before = function("before", [layer, *6 * [address], *3 * [number]])
         self._after = function("after", [layer, *6 * [address], *6 * [number]])
-        self._before.restype = self._after.restype = ctypes.c_int
+        for allocates in (self._attend, self._before, self._after):
+            allocates.restype = ctypes.c_int
 
     def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether this is a product, and one that the library has. It reads memory by addresses, so
@@ -309,15 +307,12 @@ class Kernels:
         keys, values = _alike(keys, values)
         if mask is not None:
             mask = mask.expand(-1, 1, new, tokens).contiguous()
-        room = QUERIES * (-tokens % 16 + tokens + size)
-        scratch = torch.empty(rows * groups * room)
         output = queries.new_empty(rows, new, heads, size)
-        self._attend(
+        done = self._attend(
             queries.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
             None if mask is None else mask.data_ptr(),
-            scratch.data_ptr(),
             output.data_ptr(),
             rows,
             groups,
@@ -328,11 +323,11 @@ class Kernels:
             keys.stride(0),
             keys.stride(1),
             mask is not None and len(mask) > 1,
-            room,
             scaling / (softcap or 1),
             softcap or 0,
             torch.get_num_threads(),
         )
+        _done(done)
         return output
 
 
@@ -346,7 +341,10 @@ def _alike(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torc
 
 def _done(done: int) -> None:
     if not done:
-        raise MemoryError("no memory is left for what a layer computes at the side")
+        raise MemoryError(
+            "no memory is left for what a layer computes at the side: lower max_rows or "
+            "max_cached_tokens"
+        )
 
 
 def _ours(*tensors: torch.Tensor) -> bool:
@@ -368,7 +366,7 @@ class Compilation:
 
 @functools.cache
 def compilation() -> Compilation:
-    """Of this process. Takes a second when it is first asked for, and leaves nothing on disk.
+    """Of this process. Takes two seconds when it is first asked for, and leaves nothing on disk.
 
     Only for processors with AVX512-BF16 and no AMX: elsewhere torch's own are as fast as memory, or
     nothing was measured by us.
@@ -411,7 +409,7 @@ def compile_kernels() -> Compilation:
 def _built(compiler: list[str]) -> ctypes.CDLL:
     """Linked without OpenMP, so that it takes torch's, with the threads that are there already."""
     with tempfile.TemporaryDirectory() as folder:
-        unlinked, library = (str(Path(folder) / name) for name in ("products.o", "products.so"))
+        unlinked, library = (str(Path(folder) / name) for name in ("kernels.o", "kernels.so"))
         for command in (
             [*compiler, *OPTIONS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
             [*compiler, "-shared", unlinked, "-o", library],

@@ -2,8 +2,6 @@
    one by one, what is computed here waits as long as it takes. The fields and arguments are those of
    compiled.py. */
 
-#include <stdlib.h>
-
 #include "attention.c"
 #include "norms.c"
 #include "products.c"
@@ -56,18 +54,20 @@ int after(const struct layer *layer, const uint16_t *states, const uint16_t *que
           long rows, long new, long tokens, long row_step, long group_step, long masks) {
     const long count = rows * new, size = layer->size, inner = layer->gate.outs;
     const long width = layer->heads * layer->head_size, each = layer->heads / layer->groups;
-    const long room = SOME * ((tokens + LANES - 1) / LANES * LANES + layer->head_size);
-    const long scores = rows * layer->groups * room, floats = scores + 2 * count * inner;
-    float *scratch = malloc(floats * sizeof(float) + count * (width + 3 * size + inner) * 2);
-    if (!scratch) return 0;
-    float *gate = scratch + scores, *up = gate + count * inner;
-    uint16_t *attended = (uint16_t *)(scratch + floats), *both = attended + count * width;
+    const long floats = 2 * count * inner, others = count * (width + 3 * size + inner);
+    float *gate = malloc(floats * sizeof(float) + others * sizeof(uint16_t));
+    if (!gate) return 0;
+    float *up = gate + count * inner;
+    uint16_t *attended = (uint16_t *)(gate + floats), *both = attended + count * width;
     uint16_t *projected = both + count * inner, *normed = projected + count * size;
     uint16_t *residual = normed + count * size;
 
-    attend(queries, keys, values, mask, scratch, attended, rows, layer->groups, each * new, new,
-           tokens, layer->head_size, row_step, group_step, masks, room, layer->scale,
-           layer->softcap, layer->threads);
+    if (!attend(queries, keys, values, mask, attended, rows, layer->groups, each * new, new, tokens,
+                layer->head_size, row_step, group_step, masks, layer->scale, layer->softcap,
+                layer->threads)) {
+        free(gate);
+        return 0;
+    }
     multiply(layer, &layer->output, attended, projected, 1, count, width);
     normalize(layer, layer->after_attention, projected, states, residual, count);
 
@@ -77,6 +77,6 @@ int after(const struct layer *layer, const uint16_t *states, const uint16_t *que
     gated(gate, up, both, count * inner, layer->threads);
     multiply(layer, &layer->down, both, projected, 1, count, inner);
     normalize(layer, layer->after_mlp, projected, residual, result, count);
-    free(scratch);
+    free(gate);
     return 1;
 }
