@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from tiny import random_gemma
+from transformers import StaticCache
 
-from gemma2_stream.kv import CACHE_NAME
+from gemma2_stream.kv import CACHE_NAME, KVCache
 
 # Scores come nowhere near 50 here.
 CAP = 10.0
@@ -78,3 +81,25 @@ def logits(model: Any, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> tor
             ).logits.float()
         )
     return torch.cat(parts, 1)[mask == 1]
+
+
+def off_of_logits(
+    change: Callable[[Any], Any], rows: int, kind: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far from float32 the logits are of what `change` makes of a model, and those of eager in
+    bfloat16; of `rows`, padded but for the first, with a cache of `kind`.
+    """
+    wide = capped_gemma()
+    ids = torch.randint(3, 320, (rows, 120))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : 30 * row] = 0
+
+    def cache() -> Any:
+        if kind is StaticCache:
+            return kind(config=wide.config, max_cache_len=128)
+        return kind() if kind is KVCache else kind(config=wide.config)
+
+    true = logits(wide, ids, mask, KVCache())
+    eager = logits(copy.deepcopy(wide).bfloat16(), ids, mask, cache())
+    return off(logits(change(wide), ids, mask, cache()), true), off(eager, true)

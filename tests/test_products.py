@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import CAP, attended, capped_gemma, causal, logits, off
+from decoders import CAP, attended, capped_gemma, causal, off, off_of_logits
 from matrices import DTYPES, Calls, error, linear, no_grad  # noqa: F401  # a fixture
 from tiny import random_gemma
 from torch import nn
@@ -328,21 +328,8 @@ def test_attention_of_few_rows_takes_any_cache(kind: Any, softcap: float | None)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_hastened_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int, few: Way) -> None:
     """Padded or not, below and beyond the sliding window of 64, whatever the cache."""
-    wide = capped_gemma()
-    ids = torch.randint(3, 320, (rows, 120))
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, : 30 * row] = 0
-
-    def cache() -> Any:
-        if kind is StaticCache:
-            return kind(config=wide.config, max_cache_len=128)
-        return kind() if kind is KVCache else kind(config=wide.config)
-
-    true = logits(wide, ids, mask, KVCache())
-    eager = logits(copy.deepcopy(wide).bfloat16(), ids, mask, cache())
-    found = logits(joined_gemma(wide, few), ids, mask, cache())
-    assert off(found, true) < off(eager, true)
+    found, eager = off_of_logits(lambda wide: joined_gemma(wide, few), rows, kind)
+    assert found < eager
 
 
 @pytest.mark.parametrize("rows", [1, 2, SOME, MANY, MANY + 1])
