@@ -23,7 +23,8 @@ LANGUAGES = {"en": "", "zh-CN": "zh-CN/"}
 def on_files(files: Files, config: Any) -> Files:
     """What is beside docs/, and pages show or lead to, comes with the site, once a language."""
     language = config.plugins["i18n"].current_language
-    for path in sorted(file for folder in BESIDE for file in (ROOT / folder).rglob("*.*")):
+    beside = (file for folder in BESIDE for file in (ROOT / folder).rglob("*.*"))
+    for path in sorted(file for file in beside if file.suffix != ".pyc"):
         made = {name: _file(path, prefix, config) for name, prefix in LANGUAGES.items()}
         made[language].alternates = made
         made[language].locale = made[language].locale_alternate_of = language
