@@ -11,8 +11,9 @@ What:
 Why: a sampler looks at 256,000 logits for each token of each row. Beside a model that takes tens of
 milliseconds a step, what sorts them is a good part of the time.
 
-How: random weights of Gemma-2-2b's shape with 8 of its 26 layers, bfloat16, as a short run needs; a
-sampler's share of the whole model is a third of that shown. The last norm has random signs, since
+How: random weights of Gemma-2-2b's shape with 8 of its 26 layers, bfloat16, as a short run needs,
+made as fast as a user gets them, for both sides; a sampler's share of the whole model is a third of
+that shown. The last norm has random signs, since
 random tied weights would say their last token again with certainty, and is scaled so that about
 1,000 tokens hold nine tenths of the probability, more than in most places of a real answer.
     step      The arms take turns within a round, in another order each round, and each is compared
@@ -52,7 +53,7 @@ from report import (
     table,
     watching,
 )
-from stack import random_stack
+from stack import as_loaded, random_stack
 from texts import load_tokenizer
 from transformers import GenerationConfig, LogitsProcessorList
 
@@ -265,6 +266,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     model = random_stack(options.layers, torch.bfloat16)
     uncertain(model)
+    model = as_loaded(model)
     figures: Result = {
         "layers": options.layers,
         "torch_threads": torch.get_num_threads(),

@@ -47,9 +47,7 @@ class Sampler:
         """The next token id."""
         ids: NDArray[np.intp] | None = None
         if 0 < self._top_k < len(logits):
-            # What is as likely as the last of them stays, as in transformers; and so does NaN.
-            less = logits < np.partition(logits, -self._top_k)[-self._top_k]
-            ids = (~less).nonzero()[0]
+            ids = _largest(logits, self._top_k)
             logits = logits[ids]
         with np.errstate(all="ignore"):  # what is infinitely unlikely may overflow
             # Relative to the largest, so that the largest weight is 1.
@@ -74,6 +72,23 @@ class Sampler:
         block, share = _find(np.add.reduceat(weights, starts), share)
         start = int(starts[block])
         return start + _find(weights[start : start + _BLOCK], share)[0]
+
+
+def _largest(logits: Logits, count: int) -> NDArray[np.intp]:
+    """Positions of the `count` largest. What is as large as the last of them stays, as in
+    transformers; and so does NaN.
+    """
+    # The blocks' maxima are few, and `count` tokens are no smaller than the last that is kept of
+    # them. To partition all takes ten times as long, and twenty on Zen 4, in numpy's AVX-512.
+    starts = np.arange(0, len(logits), 1 + len(logits) // (8 * count))
+    ids = _reaching(np.maximum.reduceat(logits, starts), count, logits)
+    return ids[_reaching(logits[ids], count, logits[ids])]
+
+
+def _reaching(some: Logits, count: int, logits: Logits) -> NDArray[np.intp]:
+    """Positions of `logits` that are not smaller than the last of the `count` largest of `some`."""
+    reached: NDArray[np.bool_] = ~(logits < np.partition(some, -count)[-count])
+    return reached.nonzero()[0]
 
 
 def _find(weights: Logits, share: float) -> tuple[int, float]:
