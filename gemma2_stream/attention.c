@@ -1,4 +1,4 @@
-/* Attention of few new tokens, and the positions in its queries and keys. Tensors are bfloat16, and
+/* Attention, and the positions in its queries and keys. Tensors are bfloat16, and
    contiguous where nothing else is said; what is computed is float32, and rounded once, but for the
    weights of values. `size` is a head's, and a multiple of 32. */
 
@@ -12,8 +12,9 @@
    half a head further. `turns` is 1 where these have rows. */
 void rotated(const uint16_t *product, const uint16_t *cos, const uint16_t *sin, uint16_t *queries,
              uint16_t *keys, uint16_t *values, long rows, long new, long heads, long groups,
-             long size, long turns) {
+             long size, long turns, int threads) {
     const long half = size / 2, all = heads + 2 * groups;
+    _Pragma("omp parallel for num_threads(threads) if (rows * new > 4)")
     for (long at = 0; at < rows * new * all; at++) {
         const long head = at % all, token = at / all % new, row = at / all / new;
         const uint16_t *from = product + at * size;
@@ -36,23 +37,35 @@ void rotated(const uint16_t *product, const uint16_t *cos, const uint16_t *sin, 
     }
 }
 
-/* Queries at once, keys at once, tokens whose values stay in the cache of a core, and what hides a
-   token: the lowest number, or minus infinity. */
-enum { SOME = 4, KEYS = 4, BLOCK = 64, HIDES = 0xff7f };
+/* Queries at once, keys at once, queries that a thread takes at a time, tokens whose values stay in
+   the cache of a core, and what hides a token: the lowest number, or minus infinity. */
+enum { SOME = 4, KEYS = 4, TAKEN = 16, BLOCK = 64, HIDES = 0xff7f };
 
 #define SWITCH_SOME(call)                                                                          \
     switch (some) { case 1: call(1); break; case 2: call(2); break;                                \
                     case 3: call(3); break; case 4: call(4); break; }
 
-/* How many tokens come before the first that is not hidden from all `new`; 0 where all are. */
-static long unseen(const uint16_t *mask, long new, long tokens) {
-    long before = tokens;
-    for (long row = 0; mask && row < new; row++) {
-        long i = 0;
-        while (i < before && mask[row * tokens + i] >= HIDES) i++;
-        before = i;
+/* A bit for each of 32 tokens from `start` on that is hidden from all, or not there. */
+static uint32_t hidden(const uint16_t *const *masks, int some, long start, long tokens) {
+    const uint32_t there = tokens - start < 32 ? (1u << (tokens - start)) - 1 : ~0u;
+    uint32_t all = ~0u;
+    for (int q = 0; q < some; q++) {
+        const __m512i mask = _mm512_maskz_loadu_epi16(there, masks[q] + start);
+        all &= _mm512_cmpge_epu16_mask(mask, _mm512_set1_epi16((short)HIDES)) | ~there;
     }
-    return before == tokens ? 0 : before;
+    return all;
+}
+
+/* The tokens from the first to the last that are not hidden; all, if they are, as of padding. */
+static void seen(const uint16_t *const *masks, int some, long tokens, long *start, long *end) {
+    uint32_t all = ~0u;
+    long first = 0, last = (tokens - 1) / 32 * 32;
+    *start = 0, *end = tokens;
+    while (first < tokens && (all = hidden(masks, some, first, tokens)) == ~0u) first += 32;
+    if (first >= tokens) return;
+    *start = first + __builtin_ctz(~all);
+    while ((all = hidden(masks, some, last, tokens)) == ~0u) last -= 32;
+    *end = last + 32 - __builtin_clz(~all);
 }
 
 /* scores (some, stride) = queries (some, size) times keys (tokens, size). */
@@ -69,7 +82,9 @@ ALWAYS void scored(const uint16_t *queries, const uint16_t *keys, float *scores,
                 EACH(o, KEYS) sums[q][o] = _mm512_dpbf16_ps(sums[q][o], key[o], query);
             }
         }
-        EACH(q, some) EACH(o, KEYS) scores[q * stride + t + o] = _mm512_reduce_add_ps(sums[q][o]);
+        EACH(q, some)
+            _mm_storeu_ps(scores + q * stride + t,
+                          summed(sums[q][0], sums[q][1], sums[q][2], sums[q][3]));
     }
 }
 
@@ -145,39 +160,48 @@ int attend(const uint16_t *queries, const uint16_t *keys, const uint16_t *values
            const uint16_t *mask, uint16_t *output, long rows, long groups, long count, long new,
            long tokens, long size, long row_step, long group_step, long masks, float scale,
            float softcap, int threads) {
-    /* For each of (rows, groups), scores and then sums of SOME queries. */
-    const long stride = (tokens + LANES - 1) / LANES * LANES, room = SOME * (stride + size);
-    float *scratch = malloc(rows * groups * room * sizeof *scratch);
-    if (!scratch) return 0;
-    _Pragma("omp parallel for num_threads(threads) schedule(dynamic)")
-    for (long at = 0; at < rows * groups; at++) {
-        const long row = at / groups, group = at % groups;
-        const uint16_t *hides = mask ? mask + row * masks * new * tokens : NULL;
-        const long before = unseen(hides, new, tokens), left = tokens - before;
-        const long first = row * row_step + group * group_step + before * size;
-        float *scores = scratch + at * room, *sums = scores + SOME * stride, totals[SOME];
-        for (long i = 0; i < count; i += SOME) {
-            const uint16_t *query = queries + (at * count + i) * size;
-            const int some = count - i < SOME ? count - i : SOME;
+    const long stride = (tokens + LANES - 1) / LANES * LANES, parts = (count + TAKEN - 1) / TAKEN;
+    int failed = 0;
+    _Pragma("omp parallel num_threads(threads) reduction(|: failed)") {
+        /* Scores and then sums of SOME queries. */
+        float *scores = malloc(SOME * (stride + size) * sizeof *scores);
+        float *sums = scores + SOME * stride, totals[SOME];
+        failed = !scores;
+        _Pragma("omp for schedule(dynamic)")
+        for (long at = 0; at < rows * groups * parts; at++) {
+            const long part = at % parts, group = at / parts % groups, row = at / parts / groups;
+            const long end = part * TAKEN + TAKEN < count ? part * TAKEN + TAKEN : count;
+            for (long i = part * TAKEN; i < end && scores; i += SOME) {
+                const uint16_t *query = queries + ((row * groups + group) * count + i) * size;
+                const uint16_t *own[SOME] = {NULL};
+                const int some = end - i < SOME ? end - i : SOME;
+                long from = 0, to = tokens;
+                if (mask) {
+                    for (int q = 0; q < some; q++)
+                        own[q] = mask + (row * masks * new + (i + q) % new) * tokens;
+                    seen(own, some, tokens, &from, &to);
+                }
+                const long first = row * row_step + group * group_step + from * size;
+                const long left = to - from;
 #define SCORED(some) scored(query, keys + first, scores, left, size, stride, some)
-            SWITCH_SOME(SCORED)
-            for (int q = 0; q < some; q++) {
-                const uint16_t *own = hides ? hides + (i + q) % new * tokens + before : NULL;
-                totals[q] = weighed(scores + q * stride, own, left, scale, softcap);
-            }
-            memset(sums, 0, some * size * sizeof *sums);
-            for (long t = 0; t < left; t += BLOCK) {
-                const long end = t + BLOCK < left ? t + BLOCK : left;
-#define ADDED(some) added(scores, values + first, sums, t, end, size, stride, some)
-                SWITCH_SOME(ADDED)
-            }
-            for (int q = 0; q < some; q++) {
-                const long token = (i + q) % new, head = (i + q) / new;
-                const long to = ((row * new + token) * groups + group) * (count / new) + head;
-                divided(sums + q * size, totals[q], output + to * size, size);
+                SWITCH_SOME(SCORED)
+                for (int q = 0; q < some; q++)
+                    totals[q] = weighed(scores + q * stride, own[q] ? own[q] + from : NULL, left,
+                                        scale, softcap);
+                memset(sums, 0, some * size * sizeof *sums);
+                for (long t = 0; t < left; t += BLOCK) {
+                    const long until = t + BLOCK < left ? t + BLOCK : left;
+#define ADDED(some) added(scores, values + first, sums, t, until, size, stride, some)
+                    SWITCH_SOME(ADDED)
+                }
+                for (int q = 0; q < some; q++) {
+                    const long token = (i + q) % new, head = (i + q) / new;
+                    const long to = ((row * new + token) * groups + group) * (count / new) + head;
+                    divided(sums + q * size, totals[q], output + to * size, size);
+                }
             }
         }
+        free(scores);
     }
-    free(scratch);
-    return 1;
+    return !failed;
 }

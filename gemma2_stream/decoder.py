@@ -1,4 +1,4 @@
-"""Gemma 2's decoder with what compiled.py has: products of few rows, and all that is between them.
+"""Gemma 2's decoder with what compiled.py has: products, and all that is between them.
 
 `equip` changes the class of a model's own modules, so that names and ties stay. Knows torch and
 Gemma 2's modules, and nothing of who decides what is wanted.
@@ -7,7 +7,7 @@ Gemma 2's modules, and nothing of who decides what is wanted.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,14 +33,12 @@ from .products import (
     RowLinear,
     TurnedLinear,
     as_one,
-    columns,
-    few_rows,
 )
 
 
 def equip(model: nn.Module) -> None:
-    """Have few tokens computed by the kernels, if there are any here, in modules whose products are
-    in bfloat16 or int8. What they don't take is computed as before.
+    """Have tokens computed by the kernels, if there are any here, in modules whose products are in
+    bfloat16 or int8. What they don't take is computed as before.
     """
     if compilation().kernels is None:
         return
@@ -126,19 +124,9 @@ class CompiledNorm(InPlaceNorm):
         return _normed(self, x)
 
 
-class Described(NamedTuple):
-    """For the kernels, which have products of up to `most` rows; `inputs` is the weight of queries,
-    keys and values.
-    """
-
-    layer: Layer
-    most: int
-    inputs: torch.Tensor
-
-
 class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
-    """Of few tokens, in two calls: calling one module after the other takes as long as most of what
-    they compute.
+    """Of few tokens in two calls: calling one module after the other takes as long as most of what
+    they compute. Of many, products are what they were.
     """
 
     @staticmethod
@@ -162,44 +150,38 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        kernels, described = _kernels(), None
+        kernels, layer, attention = _kernels(), None, self.self_attn
         if (
-            few_rows(hidden_states)
-            and hidden_states.shape[-1] == self.hidden_size
-            and position_embeddings[0].shape[-1] == self.self_attn.head_dim
+            hidden_states.shape[-1] == self.hidden_size
+            and position_embeddings[0].shape[-1] == attention.head_dim
             and self.config._attn_implementation == "grouped"
             and kernels.takes_attention(hidden_states, *position_embeddings, attention_mask)
         ):
-            described = self._described()
-        if described is None:
+            layer = self._described()
+        if layer is None:
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, *args, **kwargs
             )
-        states, attention = hidden_states.contiguous(), cast(JoinedAttention, self.self_attn)
-        rows = states.numel() // states.shape[-1]
-        if rows <= described.most:
-            attended = kernels.before(described.layer, states, *position_embeddings)
-        else:
-            attended = self._before(states, described.inputs, *position_embeddings)
-        queries, keys, values = attended
+        states, before, after = hidden_states.contiguous(), kernels.before, kernels.after
+        if states.numel() > MOST * states.shape[-1]:
+            before, after = self._before, self._after
+        queries, keys, values = before(layer, states, *position_embeddings)
         if (cache := kwargs.get(CACHE_NAME)) is not None:
             keys, values = cache.update(keys, values, attention.layer_idx)
-        if rows <= described.most:
-            return kernels.after(described.layer, states, queries, keys, values, attention_mask)
-        return self._after(states, queries, keys, values, attention_mask)
+        return after(layer, states, queries, keys, values, attention_mask)
 
     def _before(
-        self, states: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+        self, layer: Layer, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As the kernel's, of more rows than its products gain for."""
-        few = cast(RowLinear, self.self_attn.q_proj).few
-        product = columns(_normed(self.input_layernorm, states), weight, few).mT.contiguous()
-        config = self.config
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        return _kernels().rotated(product.view(*states.shape[:2], -1), cos, sin, heads, groups)
+        """As the kernels', of more rows than their products gain for."""
+        normed = _normed(self.input_layernorm, states)
+        attention = cast(JoinedAttention, self.self_attn)
+        product = torch.cat([linear(normed) for linear in attention.joined], -1)
+        return _kernels().rotated(product, cos, sin, layer.heads, layer.groups)
 
     def _after(
         self,
+        layer: Layer,
         states: torch.Tensor,
         queries: torch.Tensor,
         keys: torch.Tensor,
@@ -212,7 +194,7 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         states = _normed(after_attention, at.o_proj(attended.flatten(2)), states)
         return _normed(after_mlp, self.mlp(_normed(before_mlp, states)), states)
 
-    def _described(self) -> Described | None:
+    def _described(self) -> Layer | None:
         """If nobody has changed its modules, and their weights are what the kernels read."""
         attention, mlp = self.self_attn, self.mlp
         if type(attention) is not JoinedAttention or type(mlp) not in (Gemma2MLP, FusedMLP):
@@ -237,7 +219,7 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
             known = _DESCRIBED[self] = key, self._describe(*modules)
         return known[1]
 
-    def _describe(self, *modules: Any) -> Described | None:
+    def _describe(self, *modules: Any) -> Layer | None:
         inputs, (output, gate, up, down), norms = modules[:3], modules[3:7], modules[7:]
         if torch.is_grad_enabled() and any(module.weight.requires_grad for module in modules):
             return None
@@ -263,13 +245,12 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
             scales = [torch.cat([module.scale for module in inputs]).bfloat16()]
             scales += [module.scale.bfloat16() for module in (output, gate, up, down)]
         softcap = at.attn_logit_softcapping or 0.0
-        layer = Layer.of(
+        return Layer.of(
             [*zip(weights, scales, strict=True)],
             [norm.weight for norm in norms],
             *(size, heads, groups, at.head_dim),
             *(norms[0].eps, at.scaling / (softcap or 1), softcap),
         )
-        return Described(layer, MOST[output.weight.dtype], cast(torch.Tensor, weights[0]))
 
 
 # Of the products and norms of a layer that is as it was equipped, in bfloat16 and in int8.
@@ -282,7 +263,7 @@ _KINDS = tuple(
 )
 
 # Not kept in modules, which are copied.
-_DESCRIBED: WeakKeyDictionary[CompiledLayer, tuple[Any, Described | None]] = WeakKeyDictionary()
+_DESCRIBED: WeakKeyDictionary[CompiledLayer, tuple[Any, Layer | None]] = WeakKeyDictionary()
 
 
 def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:

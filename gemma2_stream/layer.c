@@ -42,7 +42,7 @@ int before(const struct layer *layer, const uint16_t *states, const uint16_t *co
     normalize(layer, layer->before_attention, states, NULL, normed, count);
     multiply(layer, &layer->inputs, normed, product, 1, count, layer->size);
     rotated(product, cos, sin, queries, keys, values, rows, new, layer->heads, layer->groups,
-            layer->head_size, turns);
+            layer->head_size, turns, layer->threads);
     free(normed);
     return 1;
 }

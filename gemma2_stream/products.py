@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP
 
 from .attention import attend_few, scores_scale
-from .compiled import MOST, compilation
+from .compiled import compilation
 from .kv import CACHE_NAME
 
 # Beyond so many rows to arrange them takes longer than to arrange the weight.
@@ -115,9 +115,9 @@ def with_avx512(weight: torch.Tensor) -> Few:
     return Few(MANY + 1 if _aliases(weight) else SOME, _two_by_two)
 
 
-def with_compiler(weight: torch.Tensor) -> Few:
+def with_compiler(_: torch.Tensor) -> Few:
     """The same, and what compiled.py has."""
-    return Few(MANY + 1 if _aliases(weight) else MOST[torch.bfloat16] + 1, _compiled)
+    return Few(MANY + 1, _compiled)
 
 
 def with_neither(_: torch.Tensor) -> Few:

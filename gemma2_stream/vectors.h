@@ -26,6 +26,14 @@ ALWAYS __m512bh pairs(const void *from) {
     return (__m512bh)_mm512_loadu_si512(from);
 }
 
+/* What each of them comes to. */
+ALWAYS __m128 summed(__m512 a, __m512 b, __m512 c, __m512 d) {
+#define HALVED(x) _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1))
+    const __m256 first = _mm256_hadd_ps(HALVED(a), HALVED(b));
+    const __m256 second = _mm256_hadd_ps(HALVED(c), HALVED(d)), all = _mm256_hadd_ps(first, second);
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
 /* By exp(n log 2 + r) = 2^n exp(r), and six terms of Taylor's series for |r| <= log(2) / 2: to a
    part in 8 million. */
 ALWAYS __m512 exp16(__m512 x) {

@@ -18,8 +18,7 @@ from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.models.gemma2 import modeling_gemma2
 
 from gemma2_stream.attention import prefer_grouped
-from gemma2_stream.compiled import MOST as MOST_BY_TYPE
-from gemma2_stream.compiled import compilation
+from gemma2_stream.compiled import MOST, compilation
 from gemma2_stream.decoder import (
     CompiledLayer,
     CompiledNorm,
@@ -30,7 +29,6 @@ from gemma2_stream.loading import prepare
 from gemma2_stream.pages import enlarge
 from gemma2_stream.products import MANY, HeadLinear, neighbours
 
-MOST = MOST_BY_TYPE[torch.bfloat16]
 HERE = compilation()
 COMPILED = pytest.mark.skipif(
     HERE.kernels is None,
@@ -79,8 +77,10 @@ def test_where_nothing_is_compiled_all_stays(preset: str) -> None:
 
 @COMPILED
 @pytest.mark.parametrize("softcap", [None, CAP])
-@pytest.mark.parametrize(("rows", "new"), [(1, 6), (1, 31), (1, MANY), (3, 5), (MANY, 1)])
-def test_a_layer_of_few_tokens_is_nearer_to_float32_than_eager(
+@pytest.mark.parametrize(
+    ("rows", "new"), [(1, 6), (1, 31), (1, MOST), (1, MOST + 1), (3, 90), (MANY, 1)]
+)
+def test_a_layer_is_nearer_to_float32_than_eager(
     rows: int, new: int, softcap: float | None
 ) -> None:
     wide = capped_gemma(softcap)
@@ -98,7 +98,7 @@ def test_a_layer_of_few_tokens_is_nearer_to_float32_than_eager(
 @COMPILED
 @pytest.mark.parametrize("softcap", [None, CAP])
 @pytest.mark.parametrize("kind", [type(None), KVCache, DynamicCache])
-def test_a_layer_of_few_tokens_takes_any_cache(kind: Any, softcap: float | None) -> None:
+def test_a_layer_takes_any_cache(kind: Any, softcap: float | None) -> None:
     """Or none, or no mask."""
     wide = capped_gemma(softcap)
     states, mask = torch.randn(2, 9, 64), torch.zeros(2, 1, 9, 9)
@@ -124,7 +124,7 @@ def test_an_equipped_gemma_is_nearer_to_float32_than_eager(kind: Any, rows: int)
 
 @COMPILED
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("rows", [1, 5, MOST, MOST + 1, MANY, MANY + 1])
+@pytest.mark.parametrize("rows", [1, 5, MANY, MANY + 1, MOST, MOST + 1])
 def test_it_says_what_it_says_without(rows: int, preset: str) -> None:
     """In int8 as in bfloat16, but for what is rounded less often."""
     model = loaded(random_gemma(vocab=320), preset)
@@ -137,29 +137,19 @@ def test_it_says_what_it_says_without(rows: int, preset: str) -> None:
 
 @COMPILED
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("tokens", [1, MOST])
-def test_nothing_between_the_products_of_few_tokens_is_torch_s(tokens: int, preset: str) -> None:
+@pytest.mark.parametrize("tokens", [1, MOST, MOST + 1])
+def test_nothing_between_products_is_torch_s(tokens: int, preset: str) -> None:
+    """But the products of many tokens, and what is between those of an MLP."""
     model, cache = loaded(random_gemma(vocab=320), preset), KVCache()
     model(torch.arange(3, 100)[None], **{CACHE_NAME: cache})
     with profile(activities=[ProfilerActivity.CPU]) as spent:
         model(torch.arange(3, 3 + tokens)[None], **{CACHE_NAME: cache})
-    others = {"mm", "mv", "bmm", "gelu", "tanh", "_softmax", "rsqrt", "linalg_vector_norm"}
+    others = {"bmm", "tanh", "_softmax", "rsqrt", "linalg_vector_norm"}
+    if tokens <= MOST:
+        others |= {"mm", "mv", "gelu"}
     assert {f"aten::{name}" for name in others}.isdisjoint(
         event.key for event in spent.key_averages()
     )
-
-
-@COMPILED
-@pytest.mark.parametrize("preset", PRESETS)
-def test_more_tokens_are_as_without(preset: str) -> None:
-    model = loaded(random_gemma(vocab=320), preset)
-    states = torch.randn(1, MANY + 1, 64).bfloat16()
-    embeddings = model.model.rotary_emb(states, torch.arange(MANY + 1)[None])
-    layer, without = model.model.layers[0], plain(model).model.layers[0]
-    with Calls() as calls:
-        found = layer(states, embeddings)
-    assert "softmax" in calls.names
-    assert error(found, without(states, embeddings)) < 0.02
 
 
 @COMPILED

@@ -15,12 +15,10 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from gemma2_stream import int8
-from gemma2_stream.compiled import MOST as MOST_BY_TYPE
-from gemma2_stream.compiled import compilation
+from gemma2_stream.compiled import MOST, compilation
 from gemma2_stream.int8 import FEW, WIDE, Int8Embedding, Int8Linear, shrink
 
 # More than anything takes that does not widen.
-MOST = MOST_BY_TYPE[torch.int8]
 MANY = MOST + 1
 ROWS = (1, 2, FEW, FEW + 1, MOST, MANY)
 
