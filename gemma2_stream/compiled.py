@@ -81,6 +81,15 @@ class Layer(ctypes.Structure):
         return layer
 
 
+class Kept(ctypes.Structure):
+    """Addresses of a layer's keys and values, and of its mask."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "mask")),
+        *((name, ctypes.c_long) for name in ("row_step", "group_step")),
+    )
+
+
 class Kernels:
     """Calls into a library made of layer.c, on tensors in bfloat16 on the CPU. They are read by
     addresses: what `takes`, `takes_norm` and `takes_attention` refuse must not come here.
@@ -104,7 +113,10 @@ class Kernels:
         layer = ctypes.POINTER(Layer)
         self._before = function("before", [layer, *6 * [address], *3 * [number]])
         self._after = function("after", [layer, *6 * [address], *6 * [number]])
-        for allocates in (self._attend, self._before, self._after):
+        self._decoded = function(
+            "decoded", [layer, ctypes.POINTER(Kept), number, *3 * [address], *5 * [number]]
+        )
+        for allocates in (self._attend, self._before, self._after, self._decoded):
             allocates.restype = ctypes.c_int
 
     def takes(self, rows: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -269,6 +281,63 @@ class Kernels:
         )
         _done(done)
         return result
+
+    def keeps(self, room: Any, layer: Layer, states: torch.Tensor, cos: torch.Tensor) -> bool:
+        """Whether `decoded` can compute `layer` of `states` (rows, new, size) at the positions of
+        `cos`, and write its keys and values into `room`.
+        """
+        of_one = (states.shape[0], layer.groups, room.tokens, layer.head_size)
+        return (
+            (layer.size, layer.head_size) == (states.shape[2], cos.shape[-1])
+            and _ours(room.keys, room.values)
+            and room.keys.shape == room.values.shape == of_one
+            and room.keys.is_contiguous()
+            and room.values.is_contiguous()
+        )
+
+    def decoded(
+        self,
+        layers: Sequence[Layer],
+        rooms: Sequence[Any],
+        masks: Sequence[torch.Tensor | None],
+        states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past: int,
+    ) -> torch.Tensor:
+        """What `layers` make of `states` (rows, new, size), behind `past` tokens whose keys and
+        values are in `rooms`; theirs are written behind. A mask for each layer is as `attended` has
+        it, and all have rows or none.
+        """
+        (rows, new, _), states = states.shape, states.clone(memory_format=torch.contiguous_format)
+        cos, sin, one_by_one = cos.contiguous(), sin.contiguous(), False
+        wide: dict[int, torch.Tensor | None] = {id(None): None}
+        for mask in masks:
+            if mask is not None and id(mask) not in wide:  # layers of one kind have the same
+                wide[id(mask)] = mask.expand(-1, 1, new, past + new).contiguous()
+                one_by_one = len(mask) > 1
+        kept = [
+            Kept(
+                room.keys.data_ptr(),
+                room.values.data_ptr(),
+                None if (own := wide[id(mask)]) is None else own.data_ptr(),
+                *room.keys.stride()[:2],
+            )
+            for room, mask in zip(rooms, masks, strict=True)
+        ]
+        done = self._decoded(
+            (Layer * len(layers))(*layers),
+            (Kept * len(kept))(*kept),
+            len(layers),
+            *(tensor.data_ptr() for tensor in (states, cos, sin)),
+            rows,
+            new,
+            past,
+            len(cos) > 1,
+            one_by_one,
+        )
+        _done(done)
+        return states
 
     def rotated(
         self, product: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, groups: int

@@ -7,12 +7,14 @@ Gemma 2's modules, and nothing of who decides what is wanted.
 from __future__ import annotations
 
 import functools
+from itertools import repeat
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma2.modeling_gemma2 import (
     Gemma2Attention,
@@ -24,7 +26,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .compiled import MOST, Kernels, Layer, compilation
 from .int8 import Int8Linear
-from .kv import CACHE_NAME
+from .kv import CACHE_NAME, KVCache
 from .norms import InPlaceNorm
 from .products import (
     FusedMLP,
@@ -85,7 +87,9 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         if len(args) > 1 or kwargs.get("labels") is not None:
             return super().forward(*args, **kwargs)
         keep = kwargs.pop("logits_to_keep", 0)
-        output = self.model(*args, **kwargs, return_dict=True)
+        output = None if args else self._in_one_call(**kwargs)
+        if output is None:
+            output = self.model(*args, **kwargs, return_dict=True)
         states = output.last_hidden_state[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return CausalLMOutputWithPast(
             logits=self._capped(states),
@@ -93,6 +97,77 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
             attentions=output.get("attentions"),
             **{CACHE_NAME: output.get(CACHE_NAME)},
         )
+
+    def _in_one_call(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """What `self.model` says to few tokens behind others, without its layers, or None where it
+        has to be asked: to call one layer after the other is a twentieth of a token's time.
+        """
+        model, cache, kernels = cast(Any, self.model), others.pop(CACHE_NAME, None), _kernels()
+        if (
+            type(cache) is not KVCache
+            or input_ids is None
+            or not 0 < input_ids.numel() <= MOST
+            or isinstance(attention_mask, dict)
+            or any(value is not None for value in others.values())
+            or (layers := self._described(len(cache.layers))) is None
+        ):
+            return None
+        states, past = model.embed_tokens(input_ids), cache.get_seq_length()
+        if position_ids is None:
+            position_ids = torch.arange(past, past + states.shape[1])[None]
+        cos, sin = model.rotary_emb(states, position_ids)
+        masks = self._masks(states, attention_mask, position_ids, cache)
+        rooms = [at.reserve(past + states.shape[1]) for at in cache.layers]
+        if not (
+            all(kernels.takes_attention(states, cos, sin, mask) for mask in masks)
+            and all(map(kernels.keeps, rooms, layers, repeat(states), repeat(cos)))
+        ):
+            return None
+        states = kernels.decoded(layers, rooms, masks, states, cos, sin, past)
+        for at in cache.layers:
+            at.show(past + states.shape[1])
+        return BaseModelOutputWithPast(model.norm(states), cache)
+
+    def _described(self, count: int) -> list[Layer] | None:
+        """Its layers, if there are so many that nobody listens to, all as the kernels want them."""
+        config, layers = self.config, cast(Any, self.model.layers)
+        if (
+            not count == len(layers) == config.num_hidden_layers
+            or config._attn_implementation != "grouped"
+            or getattr(config, "output_hidden_states", False)
+            or getattr(config, "output_attentions", False)
+            or any(type(layer) is not CompiledLayer for layer in layers)
+            or any(map(_hooked, (self.model, *layers)))
+        ):
+            return None
+        described = [layer._described() for layer in layers]
+        return None if None in described else described
+
+    def _masks(
+        self,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        cache: KVCache,
+    ) -> list[torch.Tensor | None]:
+        """For each layer; None where one new token sees all others."""
+        config, (_, new, _) = cast(Any, self.config), states.shape
+        if mask is None and new == 1 and cache.get_seq_length() < config.sliding_window:
+            return [None] * len(config.layer_types)
+        given = {"config": config, "inputs_embeds": states, "attention_mask": mask}
+        given |= {"position_ids": position_ids, CACHE_NAME: cache}
+        masks = {
+            "full_attention": create_causal_mask(**given),
+            "sliding_attention": create_sliding_window_causal_mask(**given),
+        }
+        return [masks[kind] for kind in config.layer_types]
 
     def _capped(self, states: torch.Tensor) -> torch.Tensor:
         kernels = _kernels()
@@ -108,6 +183,10 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
             return torch.tanh(logits / softcap) * softcap
         kernels.cap(logits, softcap)
         return logits
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class CompiledNorm(InPlaceNorm):
@@ -188,31 +267,31 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         values: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
-        at, (_, after_attention, before_mlp, after_mlp) = self.self_attn, _norms(self)
-        softcap = at.attn_logit_softcapping
+        at, softcap = self.self_attn, self.self_attn.attn_logit_softcapping
         attended = _kernels().attended(queries, keys, values, mask, at.scaling, softcap)
-        states = _normed(after_attention, at.o_proj(attended.flatten(2)), states)
-        return _normed(after_mlp, self.mlp(_normed(before_mlp, states)), states)
+        attended = at.o_proj(attended.flatten(2))
+        states = _normed(self.post_attention_layernorm, attended, states)
+        gated = self.mlp(_normed(self.pre_feedforward_layernorm, states))
+        return _normed(self.post_feedforward_layernorm, gated, states)
 
     def _described(self) -> Layer | None:
         """If nobody has changed its modules, and their weights are what the kernels read."""
-        attention, mlp = self.self_attn, self.mlp
+        # From their dicts, at every step: attributes of modules take ten times as long.
+        own = self._modules
+        attention, mlp = cast(Any, own["self_attn"]), cast(Any, own["mlp"])
         if type(attention) is not JoinedAttention or type(mlp) not in (Gemma2MLP, FusedMLP):
             return None
-        modules = (
-            *attention.joined,
-            attention.o_proj,
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            *_norms(self),
+        modules: tuple[Any, ...] = (
+            *map(attention._modules.get, _ATTENTION),
+            *map(mlp._modules.get, _MLP),
+            *map(own.get, _NORMS),
         )
         if tuple(map(type, modules)) not in _KINDS:
             return None
         key = (
             torch.get_num_threads(),
             torch.is_grad_enabled(),
-            *(module.weight.data_ptr() for module in modules),
+            *[module._parameters["weight"].data_ptr() for module in modules],
         )
         known = _DESCRIBED.get(self)
         if known is None or known[0] != key:
@@ -253,6 +332,16 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         )
 
 
+# A layer's modules with a weight, in the order of what they say.
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
 # Of the products and norms of a layer that is as it was equipped, in bfloat16 and in int8.
 _KINDS = tuple(
     (*products, *4 * [CompiledNorm])
@@ -264,15 +353,6 @@ _KINDS = tuple(
 
 # Not kept in modules, which are copied.
 _DESCRIBED: WeakKeyDictionary[CompiledLayer, tuple[Any, Layer | None]] = WeakKeyDictionary()
-
-
-def _norms(layer: Any) -> tuple[Any, Any, Any, Any]:
-    return (
-        layer.input_layernorm,
-        layer.post_attention_layernorm,
-        layer.pre_feedforward_layernorm,
-        layer.post_feedforward_layernorm,
-    )
 
 
 def _normed(norm: Any, states: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -102,12 +102,21 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Append states of shape (rows, heads, new tokens, head size); returns all there are."""
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
-        if self.room is None or end > self.room.tokens:
-            self._grow(key_states, value_states, start, with_more(end))
-        keys, values = self._show(end)
+        if self.room is None:
+            self._move(key_states, value_states, 0, with_more(end))
+        else:
+            self.reserve(end)
+        keys, values = self.show(end)
         keys[:, :, start:] = key_states
         values[:, :, start:] = value_states
         return keys, values
+
+    def reserve(self, tokens: int) -> Room:
+        """Its room, which it must have, with place for so many in all."""
+        assert self.room is not None
+        if tokens > self.room.tokens:
+            self._move(self.room.keys, self.room.values, self.get_seq_length(), with_more(tokens))
+        return self.room
 
     def load(self, rows: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]], width: int) -> None:
         """Hold `rows`, each in pieces (heads, tokens, head size) that follow one another, all of
@@ -136,21 +145,20 @@ class KVLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Hold the first `width` columns of `room`, and write behind them."""
         room.give(self)
         self.room = room
-        self._show(width)
+        self.show(width)
 
-    def _grow(self, keys: torch.Tensor, values: torch.Tensor, used: int, columns: int) -> None:
-        old = self.room
+    def _move(self, keys: torch.Tensor, values: torch.Tensor, used: int, columns: int) -> None:
+        """Take a room of `columns` like `keys` and `values`, and with the first `used` of them."""
         room = Room(
             *(like.new_empty(*like.shape[:2], columns, like.shape[3]) for like in (keys, values))
         )
-        for new in (room.keys, room.values):
-            new[:, :, used + keys.shape[-2] :] = 0
-        if old is not None:
-            room.keys[:, :, :used] = old.keys[:, :, :used]
-            room.values[:, :, :used] = old.values[:, :, :used]
+        for new, old in ((room.keys, keys), (room.values, values)):
+            new[:, :, :used] = old[:, :, :used]
+            new[:, :, used:] = 0
         self.take(room, used)
 
-    def _show(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def show(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let so many count as there, whose states are in the room."""
         assert self.room is not None
         keys, values = (_shown(buffer, tokens) for buffer in (self.room.keys, self.room.values))
         self.device, self.is_initialized = keys.device, True
@@ -164,7 +172,7 @@ def with_more(tokens: int) -> int:
 
 
 def _shown(buffer: torch.Tensor, tokens: int) -> torch.Tensor:
-    shown = buffer[:, :, :tokens]
+    shown = buffer.narrow(2, 0, tokens)
     shown.buffer = buffer  # type: ignore[attr-defined]  # for `with_room`
     return shown
 

@@ -1,6 +1,6 @@
-/* A decoder layer of few tokens in two calls, between which its keys and values are kept: called
-   one by one, what is computed here waits as long as it takes. The fields and arguments are those of
-   compiled.py. */
+/* Decoder layers of few tokens: called one by one, what is computed here waits as long as it takes.
+   A layer has two halves, between which its keys and values are kept: by who calls them, or here for
+   all layers in one call. The fields and arguments are those of compiled.py. */
 
 #include "attention.c"
 #include "norms.c"
@@ -78,5 +78,38 @@ int after(const struct layer *layer, const uint16_t *states, const uint16_t *que
     multiply(layer, &layer->down, both, projected, 1, count, inner);
     normalize(layer, layer->after_mlp, projected, residual, result, count);
     free(gate);
+    return 1;
+}
+
+/* Where a layer keeps keys and values, each (rows, groups, tokens and more, head size), `row_step`
+   and `group_step` elements apart; and what is added to its scores, or NULL. */
+struct kept { uint16_t *keys, *values; const uint16_t *mask; long row_step, group_step; };
+
+/* What `count` layers make of `states` (rows, new, size), in their place. Of `past` tokens keys and
+   values are `kept`, and theirs come behind; `masks` is 1 where masks have rows. Returns 0 if there
+   is no memory. */
+int decoded(const struct layer *layers, const struct kept *kept, long count, uint16_t *states,
+            const uint16_t *cos, const uint16_t *sin, long rows, long new, long past, long turns,
+            long masks) {
+    for (; count > 0; count--, layers++, kept++) {
+        const long each = rows * new * layers->head_size, length = new * layers->head_size;
+        const long result = rows * new * layers->size, heads = layers->heads;
+        uint16_t *queries = malloc((each * (heads + 2 * layers->groups) + result) * sizeof *queries);
+        if (!queries) return 0;
+        uint16_t *keys = queries + each * heads, *values = keys + each * layers->groups;
+        uint16_t *next = values + each * layers->groups;
+        int done = before(layers, states, cos, sin, queries, keys, values, rows, new, turns);
+        for (long at = 0; at < rows * layers->groups; at++) {
+            const long to = at / layers->groups * kept->row_step
+                + at % layers->groups * kept->group_step + past * layers->head_size;
+            memcpy(kept->keys + to, keys + at * length, length * sizeof *keys);
+            memcpy(kept->values + to, values + at * length, length * sizeof *values);
+        }
+        done = done && after(layers, states, queries, kept->keys, kept->values, kept->mask, next,
+                             rows, new, past + new, kept->row_step, kept->group_step, masks);
+        memcpy(states, next, result * sizeof *states);
+        free(queries);
+        if (!done) return 0;
+    }
     return 1;
 }

@@ -66,6 +66,19 @@ def layered(model: Any, *given: Any) -> Any:
     return in_two(model.model.layers[0], model, *given)
 
 
+def prefilled(model: Any, rows: int = 1, past: int = 40) -> KVCache:
+    cache = KVCache()
+    model(torch.arange(rows * past).view(rows, past) % 300 + 3, **{CACHE_NAME: cache})
+    return cache
+
+
+def step(model: Any, ids: torch.Tensor, cache: KVCache, **options: Any) -> torch.Tensor:
+    """The logits of `ids` behind what `cache` holds, and goes on to hold."""
+    logits: torch.Tensor = model(ids, **{CACHE_NAME: cache}, **options).logits
+    cache.crop(-ids.shape[1])
+    return logits
+
+
 @pytest.mark.skipif(HERE.kernels is not None, reason="here it can be compiled")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_where_nothing_is_compiled_all_stays(preset: str) -> None:
@@ -182,19 +195,97 @@ def test_what_does_not_fit_is_torch_s() -> None:
 
 
 @COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("rows", "new"), [(1, 1), (1, 9), (5, 1), (3, 64)])
+def test_all_layers_of_few_tokens_are_one_call(rows: int, new: int, preset: str) -> None:
+    """What it says is what its layers say one by one, as they do where somebody listens."""
+    model, ids = loaded(random_gemma(vocab=320), preset), torch.randint(3, 320, (rows, new))
+    caches, heard, said = [prefilled(model, rows) for _ in range(2)], [], []
+    calls = [Calls(), Calls()]
+    with calls[0]:
+        said.append(model(input_ids=ids, **{CACHE_NAME: caches[0]}).logits)
+    hook = model.model.layers[2].register_forward_hook(lambda *_: heard.append(1))
+    with calls[1]:
+        said.append(model(input_ids=ids, **{CACHE_NAME: caches[1]}).logits)
+    hook.remove()
+    assert heard == [1]
+    assert torch.equal(*said)
+    assert len(calls[0].names) < len(calls[1].names)
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert one.keys.shape[2] == 40 + new
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
+@COMPILED
+@pytest.mark.parametrize("mask", [None, "whole", "padded"])
+def test_one_call_goes_on_beyond_room_and_window(mask: str | None) -> None:
+    """Step by step, by one call and by layers, with room for 64 more and a window of 64."""
+    model = loaded(capped_gemma())
+    caches, token = [prefilled(model, 2, 50) for _ in range(2)], torch.full((2, 1), 7)
+    rooms = {id(caches[0].layers[0].room)}
+    for number in range(51, 130):
+        seen = None if mask is None else torch.ones(2, number, dtype=torch.int64)
+        if mask == "padded":
+            seen[1, :30] = 0
+        one = model(input_ids=token, attention_mask=seen, **{CACHE_NAME: caches[0]}).logits
+        hook = model.model.layers[0].register_forward_pre_hook(lambda *_: None)
+        other = model(input_ids=token, attention_mask=seen, **{CACHE_NAME: caches[1]}).logits
+        hook.remove()
+        assert torch.equal(one, other)
+        rooms.add(id(caches[0].layers[0].room))
+        token = one[:, -1:].argmax(-1)
+    assert len(rooms) > 1
+    assert caches[0].get_seq_length() == 129
+
+
+@COMPILED
+def test_what_one_call_can_not_have_is_had_from_layers() -> None:
+    """Other caches and inputs, what a config asks for, and layers that are no more."""
+    model = loaded(random_gemma(vocab=320))
+    ids = torch.arange(3, 8)[None]
+    expected = step(model, ids, prefilled(model))
+    other = DynamicCache(config=model.config)
+    model(torch.arange(40)[None] + 3, **{CACHE_NAME: other})
+    assert error(model(ids, **{CACHE_NAME: other}).logits, expected) < 0.02
+    embeds = model.get_input_embeddings()(ids)
+    cache = prefilled(model)
+    assert torch.equal(model(inputs_embeds=embeds, **{CACHE_NAME: cache}).logits, expected)
+    asked = model(ids, **{CACHE_NAME: prefilled(model)}, output_hidden_states=True)
+    assert len(asked.hidden_states) == 5
+    assert torch.equal(asked.logits, expected)
+    model.config.output_hidden_states = True
+    assert len(model(ids, **{CACHE_NAME: prefilled(model)}).hidden_states) == 5
+    model.config.output_hidden_states = False
+    shorter = copy.deepcopy(model)
+    for layer in shorter.model.layers:
+        layer._forward_hooks.clear()  # by which transformers listens from then on
+    shorter.config.num_hidden_layers = 3
+    cache = prefilled(shorter)
+    assert len(cache.layers) == 3
+    assert error(step(shorter, ids, cache), expected) > 0.05
+    model.set_attn_implementation("eager")
+    assert error(step(model, ids, prefilled(model)), expected) < 0.05
+
+
+@COMPILED
 @pytest.mark.parametrize("name", ["q_proj", "o_proj", "gate_proj", "down_proj", "lm_head"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_an_adapter_that_comes_later_is_called(name: str, preset: str) -> None:
     model, ids = loaded(random_gemma(vocab=320), preset), torch.arange(3, 6)[None]
+    cache = prefilled(model)
     before, layer = model(ids).logits, model.model.layers[1]
+    behind = step(model, ids, cache)
     parents = (layer.self_attn, layer.mlp, model)
     [parent] = [module for module in parents if name in dict(module.named_children())]
     product = getattr(parent, name)
     adapter = Adapted(product.in_features, product.out_features, bias=False, dtype=torch.bfloat16)
     setattr(parent, name, adapter)
     assert error(model(ids).logits, before) > 0.05
+    assert error(step(model, ids, cache), behind) > 0.05
     setattr(parent, name, product)
     assert torch.equal(model(ids).logits, before)
+    assert torch.equal(step(model, ids, cache), behind)
 
 
 @COMPILED
