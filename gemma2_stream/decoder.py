@@ -173,7 +173,8 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         kernels = _kernels()
         softcap = cast(float, self.config.final_logit_softcapping)
         rows = states.reshape(-1, states.shape[-1])
-        if _known(self.lm_head) and kernels.takes(rows, self.lm_head.weight):
+        direct = _known(self.lm_head) and not _hooked(self.lm_head)
+        if direct and kernels.takes(rows, self.lm_head.weight):
             scale = getattr(self.lm_head, "scale", None)
             logits = kernels.product(rows, self.lm_head.weight, scale, torch.float32)
             logits = logits.view(*states.shape[:-1], -1)
@@ -275,7 +276,9 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
         return _normed(self.post_feedforward_layernorm, gated, states)
 
     def _described(self) -> Layer | None:
-        """If nobody has changed its modules, and their weights are what the kernels read."""
+        """If nobody has changed its modules or listens to them, and their weights are what the
+        kernels read.
+        """
         # From their dicts, at every step: attributes of modules take ten times as long.
         own = self._modules
         attention, mlp = cast(Any, own["self_attn"]), cast(Any, own["mlp"])
@@ -286,7 +289,7 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
             *map(mlp._modules.get, _MLP),
             *map(own.get, _NORMS),
         )
-        if tuple(map(type, modules)) not in _KINDS:
+        if tuple(map(type, modules)) not in _KINDS or any(map(_hooked, (attention, mlp, *modules))):
             return None
         key = (
             torch.get_num_threads(),
