@@ -1,4 +1,4 @@
-"""Gemma 2's decoder with what compiled.py has: products, and all that is between them.
+"""Gemma 2's decoder with what kernels.py has: products, and all that is between them.
 
 `equip` changes the class of a model's own modules, so that names and ties stay. Knows torch and
 Gemma 2's modules, and nothing of who decides what is wanted.
@@ -24,8 +24,9 @@ from transformers.models.gemma2.modeling_gemma2 import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .compiled import MOST, Kernels, Layer, compilation
+from .compiled import compilation
 from .int8 import Int8Linear
+from .kernels import MOST, Kernels, Layer
 from .kv import CACHE_NAME, KVCache
 from .norms import InPlaceNorm
 from .products import (

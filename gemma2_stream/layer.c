@@ -1,6 +1,6 @@
 /* Decoder layers of few tokens: called one by one, what is computed here waits as long as it takes.
    A layer has two halves, between which its keys and values are kept: by who calls them, or here for
-   all layers in one call. The fields and arguments are those of compiled.py. */
+   all layers in one call. The fields and arguments are those of kernels.py. */
 
 #include "attention.c"
 #include "norms.c"

@@ -116,7 +116,7 @@ def with_avx512(weight: torch.Tensor) -> Few:
 
 
 def with_compiler(_: torch.Tensor) -> Few:
-    """The same, and what compiled.py has."""
+    """The same, and what kernels.py has."""
     return Few(MANY + 1, _compiled)
 
 

@@ -16,14 +16,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.models.gemma2.modeling_gemma2 import apply_rotary_pos_emb
 
-from gemma2_stream.compiled import (
-    MOST,
-    SOURCE,
-    TYPES,
-    Kernels,
-    compilation,
-    compile_kernels,
-)
+from gemma2_stream.compiled import SOURCE, compilation, compile_kernels
+from gemma2_stream.kernels import MOST, TYPES, Kernels
 from gemma2_stream.products import hasten, with_compiler
 
 UNITS = torch.cpu.get_capabilities()

@@ -18,12 +18,13 @@ from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.models.gemma2 import modeling_gemma2
 
 from gemma2_stream.attention import prefer_grouped
-from gemma2_stream.compiled import MOST, compilation
+from gemma2_stream.compiled import compilation
 from gemma2_stream.decoder import (
     CompiledLayer,
     CompiledNorm,
     Gemma2ForCausalLM,
 )
+from gemma2_stream.kernels import MOST
 from gemma2_stream.kv import CACHE_NAME, KVCache
 from gemma2_stream.loading import prepare
 from gemma2_stream.pages import enlarge

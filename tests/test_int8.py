@@ -15,8 +15,9 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 from gemma2_stream import int8
-from gemma2_stream.compiled import MOST, compilation
+from gemma2_stream.compiled import compilation
 from gemma2_stream.int8 import FEW, WIDE, Int8Embedding, Int8Linear, shrink
+from gemma2_stream.kernels import MOST
 
 # More than anything takes that does not widen.
 MANY = MOST + 1
