@@ -16,11 +16,12 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.nn import functional
 
-from .kernels import MOST, STEP, TYPES, Kernels
+from .kernels import MOST, STEP, TYPES, Kernels, Layer
 
 SOURCE = Path(__file__).with_name("layer.c")
 OPTIONS = ("-O3", "-march=native", "-fPIC")
@@ -98,7 +99,13 @@ def _built(compiler: list[str]) -> ctypes.CDLL:
 
 
 def _are_right(kernels: Kernels) -> bool:
-    return _products_are_right(kernels) and _others_are_right(kernels)
+    return all(
+        right(kernels) for right in (_products_are_right, _others_are_right, _layers_are_right)
+    )
+
+
+def _wave(*shape: int) -> torch.Tensor:
+    return torch.arange(float(math.prod(shape))).sin_().view(shape).bfloat16()
 
 
 def _products_are_right(kernels: Kernels) -> bool:
@@ -119,21 +126,18 @@ def _products_are_right(kernels: Kernels) -> bool:
 def _others_are_right(kernels: Kernels) -> bool:
     """Nearly, as torch has them in float32."""
 
-    def wave(*shape: int) -> torch.Tensor:
-        return torch.arange(float(math.prod(shape))).sin_().view(shape).bfloat16()
-
     def near(found: torch.Tensor, expected: torch.Tensor) -> bool:
         return torch.allclose(found.float(), expected, rtol=0.02, atol=0.02)
 
-    x, weight = wave(3, STEP), wave(STEP)
+    x, weight = _wave(3, STEP), _wave(STEP)
     scores, caps = 9 * x.float(), 9 * x.float()
     kernels.cap(caps, 5)
-    queries, keys, values = wave(1, 6, 2, STEP), wave(1, 2, 67, STEP), 2 * wave(1, 2, 67, STEP)
-    mask = wave(1, 1, 2, 67)
+    queries, keys, values = _wave(1, 6, 2, STEP), _wave(1, 2, 67, STEP), 2 * _wave(1, 2, 67, STEP)
+    mask = _wave(1, 1, 2, 67)
     mask[..., :3] = torch.finfo(mask.dtype).min
     shared = [states.repeat_interleave(3, 1).float() for states in (keys, values)]
     products = (queries.float() @ shared[0].mT).div_(5).tanh_() * 5 + mask.float()
-    product, (cos, sin) = wave(1, 2, 4 * STEP), (2 * wave(1, 2, STEP), wave(1, 2, STEP).neg())
+    product, (cos, sin) = _wave(1, 2, 4 * STEP), (2 * _wave(1, 2, STEP), _wave(1, 2, STEP).neg())
     heads = product.view(1, 2, 4, STEP).transpose(1, 2).float()
     halves = heads.roll(STEP // 2, -1) * torch.tensor([-1, 1]).repeat_interleave(STEP // 2)
     halved = torch.cat([cos[..., : STEP // 2]] * 2, -1), torch.cat([sin[..., : STEP // 2]] * 2, -1)
@@ -155,3 +159,35 @@ def _others_are_right(kernels: Kernels) -> bool:
         )
         and near(torch.cat(rotated, 1), torch.cat([turned[:, :3], heads[:, 3:]], 1))
     )
+
+
+def _layers_are_right(kernels: Kernels) -> bool:
+    """As their parts are, one after the other: two layers of two tokens behind one."""
+    heads, groups, eps, softcap = 2, 1, 0.25, 5.0
+    shapes = ((4, 1), (1, 2), (2, 1), (2, 1), (1, 2))
+    weights = [_wave(outs * STEP, ins * STEP) for outs, ins in shapes]
+    norms = [_wave(STEP) / (1 + number) for number in range(4)]
+    sizes = (STEP, heads, groups, STEP, eps, 1 / softcap, softcap)
+    layer = Layer.of([(weight, None) for weight in weights], norms, *sizes)
+    states, (cos, sin) = _wave(1, 2, STEP), _wave(2, 1, 2, STEP)
+    mask = torch.tensor([[0, 0, -torch.inf], [0, 0, 0]]).bfloat16().view(1, 1, 2, 3)
+    rooms = [SimpleNamespace(keys=_wave(1, 1, 4, STEP), values=_wave(1, 1, 4, STEP)) for _ in "12"]
+    found = kernels.decoded([layer] * 2, rooms, [mask] * 2, states, cos, sin, 1)
+
+    def times(rows: torch.Tensor, number: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return kernels.product(rows.view(2, -1), weights[number], dtype=dtype).view(1, 2, -1)
+
+    for room in rooms:
+        product = times(kernels.normed(states, norms[0], eps), 0)
+        queries, *made = kernels.rotated(product, cos, sin, heads, groups)
+        keys, values = (torch.cat([_wave(1, 1, 4, STEP)[:, :, :1], each], 2) for each in made)
+        if not torch.equal(
+            torch.cat([keys, values]), torch.cat([room.keys, room.values])[:, :, :3]
+        ):
+            return False
+        attended = kernels.attended(queries, keys, values, mask, 1.0, softcap)
+        states = kernels.normed(times(attended, 1), norms[1], eps, states)
+        normed = kernels.normed(states, norms[2], eps)
+        gated = kernels.gated(*(times(normed, number, torch.float32) for number in (2, 3)))
+        states = kernels.normed(times(gated, 4), norms[3], eps, states)
+    return torch.equal(found, states)

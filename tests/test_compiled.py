@@ -350,6 +350,31 @@ def test_its_threads_are_torch_s() -> None:
     assert after == before
 
 
+OUT_OF_MEMORY = """
+import resource, torch
+from gemma2_stream.compiled import compile_kernels
+
+kernels = compile_kernels().kernels
+queries, states = torch.zeros(1, 1, 1, 32).bfloat16(), torch.zeros(1, 1, 2**20, 32).bfloat16()
+kernels.attended(queries, states[:, :, :64], states[:, :, :64], None, 1.0, None)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**23,) * 2)
+try:
+    kernels.attended(queries, states, states, None, 1.0, None)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@needs_units
+def test_memory_that_runs_out_is_an_error() -> None:
+    """For the scores of a million tokens, 16 MB a thread."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, check=True, text=True
+    )
+    assert done.stdout.startswith("no memory is left for what a layer computes at the side")
+
+
 @needs_units
 def test_it_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -398,11 +423,17 @@ def test_a_compiler_that_cannot_is_told(
     [
         # The last output of those that are no multiple of four is left out.
         ("products.c", "at < end; at += wide", "at < end - (wide == 1); at += wide"),
+        ("products.c", "outputs = at + WIDE <= end ? WIDE : 1", "outputs = WIDE"),
+        ("products.c", "(wide ? wide : ", "(wide ? wide + STEP : "),
         ("norms.c", "mean + eps", "mean + mean"),
         ("norms.c", "1 / softcap", "2 / softcap"),
         ("attention.c", "_mm512_fmsub_ps", "_mm512_fmadd_ps"),
         ("attention.c", "sums + q * size, totals[q]", "sums, totals[q]"),
         ("attention.c", "0, 4, 1, 5, 2, 6, 3, 7", "0, 1, 2, 3, 4, 5, 6, 7"),
+        ("attention.c", "first + __builtin_ctz", "first + 1 + __builtin_ctz"),
+        ("attention.c", "last + 32 - __builtin_clz", "last + 31 - __builtin_clz"),
+        ("layer.c", "past * layers->head_size", "layers->head_size - past"),
+        ("layer.c", "projected, states, residual, count", "projected, NULL, residual, count"),
     ],
 )
 def test_a_compiler_that_gets_it_wrong_is_found_out(
