@@ -30,12 +30,14 @@ from .kernels import MOST, Kernels, Layer
 from .kv import CACHE_NAME, KVCache
 from .norms import InPlaceNorm
 from .products import (
+    GELU,
     FusedMLP,
     HeadLinear,
     JoinedAttention,
     RowLinear,
     TurnedLinear,
     as_one,
+    heard,
 )
 
 
@@ -88,7 +90,7 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         if len(args) > 1 or kwargs.get("labels") is not None:
             return super().forward(*args, **kwargs)
         keep = kwargs.pop("logits_to_keep", 0)
-        output = None if args else self._in_one_call(**kwargs)
+        output = self._in_one_call(*args, **kwargs)
         if output is None:
             output = self.model(*args, **kwargs, return_dict=True)
         states = output.last_hidden_state[:, slice(-keep, None) if isinstance(keep, int) else keep]
@@ -110,6 +112,7 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         """What `self.model` says to few tokens behind others, without its layers, or None where it
         has to be asked: to call one layer after the other is a twentieth of a token's time.
         """
+        # A cache that is given is written, whatever `use_cache` says: as in transformers.
         model, cache, kernels = cast(Any, self.model), others.pop(CACHE_NAME, None), _kernels()
         if (
             type(cache) is not KVCache
@@ -120,9 +123,13 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
             or (layers := self._described(len(cache.layers))) is None
         ):
             return None
-        states, past = model.embed_tokens(input_ids), cache.get_seq_length()
+        past = cache.get_seq_length()
+        if any(at.get_seq_length() != past for at in cache.layers):
+            return None
+        states = model.embed_tokens(input_ids)
         if position_ids is None:
-            position_ids = torch.arange(past, past + states.shape[1])[None]
+            positions = torch.arange(past, past + states.shape[1], device=states.device)
+            position_ids = positions[None]
         cos, sin = model.rotary_emb(states, position_ids)
         masks = self._masks(states, attention_mask, position_ids, cache)
         rooms = [at.reserve(past + states.shape[1]) for at in cache.layers]
@@ -137,7 +144,9 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         return BaseModelOutputWithPast(model.norm(states), cache)
 
     def _described(self, count: int) -> list[Layer] | None:
-        """Its layers, if there are so many that nobody listens to, all as the kernels want them."""
+        """Its layers as the kernels want them, or None if there are not `count`, or one is another,
+        or somebody listens.
+        """
         config, layers = self.config, cast(Any, self.model.layers)
         if (
             not count == len(layers) == config.num_hidden_layers
@@ -145,8 +154,11 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
             or any(type(layer) is not CompiledLayer for layer in layers)
-            or any(map(_hooked, (self.model, *layers)))
+            or any(map(heard, (self.model, *layers)))
         ):
+            return None
+        attentions = (layer._modules["self_attn"] for layer in layers)
+        if any(attention.layer_idx != number for number, attention in enumerate(attentions)):
             return None
         described = [layer._described() for layer in layers]
         return None if None in described else described
@@ -174,7 +186,7 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         kernels = _kernels()
         softcap = cast(float, self.config.final_logit_softcapping)
         rows = states.reshape(-1, states.shape[-1])
-        direct = _known(self.lm_head) and not _hooked(self.lm_head)
+        direct = _known(self.lm_head) and not heard(self.lm_head)
         if direct and kernels.takes(rows, self.lm_head.weight):
             scale = getattr(self.lm_head, "scale", None)
             logits = kernels.product(rows, self.lm_head.weight, scale, torch.float32)
@@ -185,10 +197,6 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
             return torch.tanh(logits / softcap) * softcap
         kernels.cap(logits, softcap)
         return logits
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class CompiledNorm(InPlaceNorm):
@@ -290,12 +298,19 @@ class CompiledLayer(Gemma2DecoderLayer):  # type: ignore[no-untyped-call]
             *map(mlp._modules.get, _MLP),
             *map(own.get, _NORMS),
         )
-        if tuple(map(type, modules)) not in _KINDS or any(map(_hooked, (attention, mlp, *modules))):
+        if tuple(map(type, modules)) not in _KINDS:
             return None
+        others = (attention, mlp, activation := mlp._modules["act_fn"])
+        if type(activation) is not GELU or any(map(heard, (*others, *modules))):
+            return None
+        scales = [module._buffers.get("scale") for module in modules]
         key = (
             torch.get_num_threads(),
             torch.is_grad_enabled(),
             *[module._parameters["weight"].data_ptr() for module in modules],
+            *[scale.data_ptr() for scale in scales if scale is not None],
+            *[norm.eps for norm in modules[-len(_NORMS) :]],
+            *(attention.scaling, attention.attn_logit_softcapping),
         )
         known = _DESCRIBED.get(self)
         if known is None or known[0] != key:

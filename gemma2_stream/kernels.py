@@ -132,7 +132,7 @@ class Kernels:
         """
         (outs, ins), rows = weight.shape, rows.contiguous()
         scale = None if scale is None else scale.to(torch.bfloat16).contiguous()
-        product = torch.empty((len(rows), outs), dtype=dtype)
+        product = torch.empty((len(rows), outs), dtype=dtype, device=rows.device)
         self._products[weight.dtype](
             weight.data_ptr(),
             rows.data_ptr(),
@@ -177,7 +177,7 @@ class Kernels:
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """`gelu(gate) * up`, by tanh, of what `product` gave in float32, in bfloat16."""
-        result = torch.empty(gate.shape, dtype=torch.bfloat16)
+        result = gate.new_empty(gate.shape, dtype=torch.bfloat16)
         threads = torch.get_num_threads()
         self._gated(gate.data_ptr(), up.data_ptr(), result.data_ptr(), gate.numel(), threads)
         return result

@@ -99,7 +99,7 @@ int decoded(const struct layer *layers, const struct kept *kept, long count, uin
         uint16_t *keys = queries + each * heads, *values = keys + each * layers->groups;
         uint16_t *next = values + each * layers->groups;
         int done = before(layers, states, cos, sin, queries, keys, values, rows, new, turns);
-        for (long at = 0; at < rows * layers->groups; at++) {
+        for (long at = 0; done && at < rows * layers->groups; at++) {
             const long to = at / layers->groups * kept->row_step
                 + at % layers->groups * kept->group_step + past * layers->head_size;
             memcpy(kept->keys + to, keys + at * length, length * sizeof *keys);
@@ -107,7 +107,7 @@ int decoded(const struct layer *layers, const struct kept *kept, long count, uin
         }
         done = done && after(layers, states, queries, kept->keys, kept->values, kept->mask, next,
                              rows, new, past + new, kept->row_step, kept->group_step, masks);
-        memcpy(states, next, result * sizeof *states);
+        if (done) memcpy(states, next, result * sizeof *states);
         free(queries);
         if (!done) return 0;
     }

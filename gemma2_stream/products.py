@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeGuard, cast
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.modules import module as everywhere
+from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention, Gemma2MLP
 
 from .attention import attend_few, scores_scale
@@ -149,6 +151,13 @@ def _compiled(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return kernels.product(rows, weight)
 
 
+def heard(module: nn.Module) -> bool:
+    """Whether somebody listens to its calls, or to those of all modules, or has put in another."""
+    own = module.__dict__
+    everyone = everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or everyone)
+
+
 def few_rows(x: torch.Tensor) -> bool:
     return x.numel() <= MANY * x.shape[-1]
 
@@ -247,6 +256,8 @@ class JoinedAttention(Gemma2Attention):
         joined = self.joined
         if self.config._attn_implementation != "grouped" or {*map(type, joined)} != {RowLinear}:
             return None
+        if any(map(heard, joined)):
+            return None
         return as_one(*(projection.weight for projection in joined))
 
 
@@ -283,6 +294,9 @@ class HeadLinear(RowLinear):
         return rows
 
 
+GELU = type(ACT2FN["gelu_pytorch_tanh"])
+
+
 class FusedMLP(Gemma2MLP):
     """`down(gelu(gate(x)) * up(x))`, where the activation and the product with it are computed
     where the matrix products leave their sums, before they are rounded. Few rows are turned, which
@@ -291,7 +305,9 @@ class FusedMLP(Gemma2MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if {type(self.gate_proj), type(self.up_proj)} != {RowLinear}:  # as an adapter may come
+        # As an adapter may come, or another activation.
+        inner = (self.gate_proj, self.up_proj, self.act_fn)
+        if (*map(type, inner),) != (RowLinear, RowLinear, GELU) or any(map(heard, inner)):
             return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
         if few_rows(x) and len(rows) < cast(RowLinear, self.gate_proj).few.turned_from:
             return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]

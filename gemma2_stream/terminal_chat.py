@@ -107,7 +107,7 @@ class _Session:
             self.complain(f"{error}{'; /clear forgets the conversation' if turns else ''}")
         except Gemma2StreamError as error:
             self.complain(str(error))
-        except RuntimeError as error:  # torch's, such as memory that a long conversation ran out of
+        except (RuntimeError, MemoryError) as error:  # such as what a long conversation ran out of
             self.complain(f"{type(error).__name__}: {error}")
 
     def answer(self, question: str) -> None:

@@ -92,6 +92,17 @@ def test_what_it_does_not_take_is_told(kernels: Kernels) -> None:
 
 
 @needs_units
+def test_a_default_device_is_none_of_its_business(kernels: Kernels) -> None:
+    weight, x = weights(20, 64, torch.bfloat16), torch.randn(3, 64).bfloat16()
+    expected = kernels.product(x, weight, dtype=torch.float32)
+    gate = expected[:, :16].contiguous()
+    gated = kernels.gated(gate, gate)
+    with torch.device("meta"):
+        assert torch.equal(kernels.product(x, weight, dtype=torch.float32), expected)
+        assert torch.equal(kernels.gated(gate, gate), gated)
+
+
+@needs_units
 def test_rows_that_do_not_fit_are_torch_s_error() -> None:
     """And no read beyond what is there."""
     module = nn.Linear(64, 20, bias=False, dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from decoders import CAP, capped_gemma, causal, in_two, off, off_of_logits
 from matrices import Calls, error, no_grad  # noqa: F401  # a fixture
 from tiny import random_gemma
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.models.gemma2 import modeling_gemma2
@@ -218,6 +220,11 @@ def test_all_layers_of_few_tokens_are_one_call(rows: int, new: int, preset: str)
         assert torch.equal(one.values, other.values)
 
 
+def listening(module: Any, heard: list[Any], *args: Any, **kwargs: Any) -> Any:
+    heard.append(1)
+    return type(module).forward(module, *args, **kwargs)
+
+
 @COMPILED
 @pytest.mark.parametrize("tokens", [1, 3, MOST + 1])
 @pytest.mark.parametrize("preset", PRESETS)
@@ -226,13 +233,72 @@ def test_who_listens_to_a_module_hears_it(preset: str, tokens: int) -> None:
     model, ids = loaded(random_gemma(vocab=320), preset), torch.randint(3, 320, (1, tokens))
     cache, layer, heard = prefilled(model), model.model.layers[1], []
     expected = step(model, ids, cache)
-    listened = [model.model, *list(layer.modules())[:2], layer.self_attn.o_proj]
-    listened += [layer.mlp, layer.pre_feedforward_layernorm, model.model.norm, model.lm_head]
+    listened = [model.model, layer, *layer.self_attn.children(), layer.self_attn]
+    listened += [
+        *layer.mlp.children(),
+        layer.mlp,
+        layer.pre_feedforward_layernorm,
+        model.model.norm,
+        model.lm_head,
+    ]
     for module in listened:
         hook = module.register_forward_hook(lambda module, *_: heard.append(module))
         assert error(step(model, ids, cache), expected) < 0.02
         hook.remove()
     assert heard == listened
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (model.model, layer, layer.mlp, layer.self_attn.q_proj):
+            patched.setattr(module, "forward", functools.partial(listening, module, heard))
+        step(model, ids, cache)
+    assert heard[len(listened) :] == [1] * 4
+    heard.clear()
+    everyone = register_module_forward_hook(lambda module, *_: heard.append(module))
+    step(model, ids, cache)
+    everyone.remove()
+    assert {model.model, layer, layer.mlp, layer.self_attn} < {*heard}
+
+
+@COMPILED
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tokens", [1, MOST + 1])
+def test_what_is_changed_in_a_layer_counts(preset: str, tokens: int) -> None:
+    """Another activation, scaling, cap or epsilon, after it was computed."""
+    model, ids = loaded(random_gemma(vocab=320), preset), torch.randint(3, 320, (1, tokens))
+    cache, layer = prefilled(model), model.model.layers[1]
+    before = step(model, ids, cache)
+    for owner, name, value in (
+        (layer.mlp, "act_fn", nn.ReLU()),
+        (layer.self_attn, "scaling", 9 * layer.self_attn.scaling),
+        (layer.self_attn, "attn_logit_softcapping", 0.1),
+        *((norm, "eps", 9.0) for norm in layer.children() if isinstance(norm, CompiledNorm)),
+    ):
+        kept = getattr(owner, name)
+        setattr(owner, name, value)
+        changed = step(model, ids, cache)
+        expected = step(plain(model), ids, cache)
+        assert error(changed, expected) < error(changed, before)
+        setattr(owner, name, kept)
+    assert torch.equal(step(model, ids, cache), before)
+
+
+@COMPILED
+def test_layers_may_come_in_another_order() -> None:
+    """Each writes where its own index says."""
+    model, ids = loaded(random_gemma(vocab=320)), torch.arange(3, 6)[None]
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+    found = step(model, ids, prefilled(model))
+    without = plain(model)
+    assert error(found, step(without, ids, prefilled(without))) < 0.02
+
+
+@COMPILED
+def test_layers_of_different_lengths_are_an_error() -> None:
+    model = loaded(random_gemma(vocab=320))
+    cache = prefilled(model)
+    cache.layers[2].crop(-7)
+    with pytest.raises(RuntimeError):
+        step(model, torch.arange(3, 6)[None], cache)
 
 
 @COMPILED
