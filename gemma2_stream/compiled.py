@@ -172,7 +172,7 @@ def _layers_are_right(kernels: Kernels) -> bool:
     states, (cos, sin) = _wave(1, 2, STEP), _wave(2, 1, 2, STEP)
     mask = torch.tensor([[0, 0, -torch.inf], [0, 0, 0]]).bfloat16().view(1, 1, 2, 3)
     rooms = [SimpleNamespace(keys=_wave(1, 1, 4, STEP), values=_wave(1, 1, 4, STEP)) for _ in "12"]
-    found = kernels.decoded([layer] * 2, rooms, [mask] * 2, states, cos, sin, 1)
+    found = kernels.decoded([layer] * 2, rooms, "aa", {"a": mask}, states, cos, sin, 1)
 
     def times(rows: torch.Tensor, number: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return kernels.product(rows.view(2, -1), weights[number], dtype=dtype).view(1, 2, -1)

@@ -134,11 +134,12 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         masks = self._masks(states, attention_mask, position_ids, cache)
         rooms = [at.reserve(past + states.shape[1]) for at in cache.layers]
         if not (
-            all(kernels.takes_attention(states, cos, sin, mask) for mask in masks)
+            all(kernels.takes_attention(states, cos, sin, mask) for mask in masks.values())
             and all(map(kernels.keeps, rooms, layers, repeat(states), repeat(cos)))
         ):
             return None
-        states = kernels.decoded(layers, rooms, masks, states, cos, sin, past)
+        kinds = model.config.layer_types[: len(layers)]
+        states = kernels.decoded(layers, rooms, kinds, masks, states, cos, sin, past)
         for at in cache.layers:
             at.show(past + states.shape[1])
         return BaseModelOutputWithPast(model.norm(states), cache)
@@ -169,18 +170,17 @@ class Gemma2ForCausalLM(modeling_gemma2.Gemma2ForCausalLM):  # type: ignore[no-u
         mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         cache: KVCache,
-    ) -> list[torch.Tensor | None]:
-        """For each layer; None where one new token sees all others."""
+    ) -> dict[str, torch.Tensor | None]:
+        """By the kind of layer; None where one new token sees all others."""
         config, (_, new, _) = cast(Any, self.config), states.shape
         if mask is None and new == 1 and cache.get_seq_length() < config.sliding_window:
-            return [None] * len(config.layer_types)
+            return dict.fromkeys(config.layer_types)
         given = {"config": config, "inputs_embeds": states, "attention_mask": mask}
         given |= {"position_ids": position_ids, CACHE_NAME: cache}
-        masks = {
+        return {
             "full_attention": create_causal_mask(**given),
             "sliding_attention": create_sliding_window_causal_mask(**given),
         }
-        return [masks[kind] for kind in config.layer_types]
 
     def _capped(self, states: torch.Tensor) -> torch.Tensor:
         kernels = _kernels()

@@ -6,7 +6,7 @@ Knows what layer.c wants, and nothing of models, and of who computes what.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -246,8 +246,7 @@ class Kernels:
         """What the layer makes of `states` (rows, new, size), the rest as `attended` has it."""
         (rows, new, _), tokens = states.shape, keys.shape[2]
         keys, values = _alike(keys, values)
-        if mask is not None:
-            mask = mask.expand(-1, 1, new, tokens).contiguous()
+        mask = _spread(mask, new, tokens)
         result = torch.empty_like(states)
         done = self._after(
             layer,
@@ -284,31 +283,28 @@ class Kernels:
         self,
         layers: Sequence[Layer],
         rooms: Sequence[Any],
-        masks: Sequence[torch.Tensor | None],
+        kinds: Sequence[str],
+        masks: Mapping[str, torch.Tensor | None],
         states: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         past: int,
     ) -> torch.Tensor:
         """What `layers` make of `states` (rows, new, size), behind `past` tokens whose keys and
-        values are in `rooms`; theirs are written behind. A mask for each layer is as `attended` has
-        it, and all have rows or none.
+        values are in `rooms`; theirs are written behind. Layers of one of `kinds` have its mask, as
+        `attended` has it, and all masks have rows or none.
         """
         (rows, new, _), states = states.shape, states.clone(memory_format=torch.contiguous_format)
-        cos, sin, one_by_one = cos.contiguous(), sin.contiguous(), False
-        wide: dict[int, torch.Tensor | None] = {id(None): None}
-        for mask in masks:
-            if mask is not None and id(mask) not in wide:  # layers of one kind have the same
-                wide[id(mask)] = mask.expand(-1, 1, new, past + new).contiguous()
-                one_by_one = len(mask) > 1
+        cos, sin = cos.contiguous(), sin.contiguous()
+        spread = {kind: _spread(mask, new, past + new) for kind, mask in masks.items()}
         kept = [
             Kept(
                 room.keys.data_ptr(),
                 room.values.data_ptr(),
-                None if (own := wide[id(mask)]) is None else own.data_ptr(),
+                None if (mask := spread[kind]) is None else mask.data_ptr(),
                 *room.keys.stride()[:2],
             )
-            for room, mask in zip(rooms, masks, strict=True)
+            for room, kind in zip(rooms, kinds, strict=True)
         ]
         done = self._decoded(
             (Layer * len(layers))(*layers),
@@ -319,7 +315,7 @@ class Kernels:
             new,
             past,
             len(cos) > 1,
-            one_by_one,
+            any(mask is not None and len(mask) > 1 for mask in spread.values()),
         )
         _done(done)
         return states
@@ -361,8 +357,7 @@ class Kernels:
         """
         (rows, heads, new, size), (groups, tokens) = queries.shape, keys.shape[1:3]
         keys, values = _alike(keys, values)
-        if mask is not None:
-            mask = mask.expand(-1, 1, new, tokens).contiguous()
+        mask = _spread(mask, new, tokens)
         output = queries.new_empty(rows, new, heads, size)
         done = self._attend(
             queries.data_ptr(),
@@ -385,6 +380,10 @@ class Kernels:
         )
         _done(done)
         return output
+
+
+def _spread(mask: torch.Tensor | None, new: int, tokens: int) -> torch.Tensor | None:
+    return None if mask is None else mask.expand(-1, 1, new, tokens).contiguous()
 
 
 def _alike(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

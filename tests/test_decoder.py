@@ -348,6 +348,8 @@ def test_what_one_call_can_not_have_is_had_from_layers() -> None:
     cache = prefilled(shorter)
     assert len(cache.layers) == 3
     assert error(step(shorter, ids, cache), expected) > 0.05
+    del shorter.model.layers[3:]  # of whose kinds there are four
+    assert len(step(shorter, ids, prefilled(shorter))) == 1
     model.set_attn_implementation("eager")
     assert error(step(model, ids, prefilled(model)), expected) < 0.05
 

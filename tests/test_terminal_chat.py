@@ -333,6 +333,7 @@ def test_a_question_too_long_by_itself_does_not_blame_the_history(
     [
         (GenerationTimeoutError("timeout=1.0 ran\nout"), "timeout=1.0 ran out"),
         (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
+        (MemoryError("no memory is left"), "MemoryError: no memory is left"),
     ],
 )
 def test_an_error_keeps_what_was_said(
