@@ -1,11 +1,10 @@
 """The kernels compiled for this processor, when a model is loaded.
 
-Knows a C compiler, and how to tell whether it was right.
+Knows which processors gain by them, and how to tell whether a compiler was right.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 import os
@@ -13,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +20,9 @@ import torch
 from torch.nn import functional
 
 from .kernels import MOST, STEP, TYPES, Kernels, Layer
+from .libraries import WrongLibraryError, load
 
 SOURCE = Path(__file__).with_name("layer.c")
-OPTIONS = ("-O3", "-march=native", "-fPIC")
-SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,8 @@ class Compilation:
 
 @functools.cache
 def compilation() -> Compilation:
-    """Of this process. Takes two seconds when it is first asked for, and leaves nothing on disk.
+    """Of this process. Takes two seconds when it is first asked for, and a tenth of one in later
+    processes.
 
     Only for processors with AVX512-BF16 and no AMX: elsewhere torch's own are as fast as memory, or
     nothing was measured by us.
@@ -67,35 +65,15 @@ def compile_kernels() -> Compilation:
             None, f"torch's: no C compiler, {compiler[0]!r}, with which they would be faster"
         )
     try:
-        kernels = Kernels(_built(compiler))
+        library, where = load(SOURCE, compiler, lambda library: _are_right(Kernels(library)))
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
         return Compilation(None, f"torch's: {compiler[0]!r} failed: {said[0]}")
     except (OSError, AttributeError, subprocess.TimeoutExpired) as error:
         return Compilation(None, f"torch's: those of {compiler[0]!r} can't be loaded: {error}")
-    if not _are_right(kernels):
+    except WrongLibraryError:
         return Compilation(None, f"torch's: those of {compiler[0]!r} are wrong")
-    return Compilation(kernels, f"compiled by {compiler[0]!r}")
-
-
-def _built(compiler: list[str]) -> ctypes.CDLL:
-    """Linked without OpenMP, so that it takes torch's, with the threads that are there already."""
-    with tempfile.TemporaryDirectory() as folder:
-        unlinked, library = (str(Path(folder) / name) for name in ("kernels.o", "kernels.so"))
-        for command in (
-            [*compiler, *OPTIONS, "-fopenmp", "-c", str(SOURCE), "-o", unlinked],
-            [*compiler, "-shared", unlinked, "-o", library],
-        ):
-            subprocess.run(
-                command,
-                check=True,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=SECONDS,
-            )
-        return ctypes.CDLL(library)
+    return Compilation(Kernels(library), f"compiled by {compiler[0]!r}, {where}")
 
 
 def _are_right(kernels: Kernels) -> bool:

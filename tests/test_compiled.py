@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,11 +29,20 @@ needs_units = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty folder, where what is compiled is kept."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="module")
-def kernels() -> Kernels:
+def kernels(caches: Path) -> Kernels:
     found = compile_kernels()
     assert found.kernels is not None, found.reason
-    assert found.reason == "compiled by 'cc'"
+    assert found.reason == f"compiled by 'cc', kept in {str(caches / 'gemma2_stream')!r}"
     return found.kernels
 
 
@@ -386,13 +396,6 @@ def test_memory_that_runs_out_is_an_error() -> None:
     assert done.stdout.startswith("no memory is left for what a layer computes at the side")
 
 
-@needs_units
-def test_it_leaves_nothing_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert compile_kernels().kernels is not None
-    assert list(tmp_path.iterdir()) == []
-
-
 # Where it can't be ---------------------------------------------------------------------------
 
 
@@ -458,9 +461,11 @@ def test_a_compiler_that_gets_it_wrong_is_found_out(
     changed.write_text(source.replace(line, wrong))
     script = f'exec cc $(echo "$@" | sed "s|{SOURCE.parent}|{tmp_path}|")'
     monkeypatch.setenv("CC", compiler(tmp_path, script))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     found = compile_kernels()
     assert found.kernels is None
     assert found.reason.endswith(" are wrong")
+    assert list((tmp_path / "caches" / "gemma2_stream").iterdir()) == []
 
 
 @linux
@@ -490,7 +495,7 @@ def test_a_compiler_that_is_no_command_is_told(
 @pytest.mark.parametrize("named", ["", "  "])
 def test_a_blank_name_is_none(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     monkeypatch.setenv("CC", named)
-    assert compile_kernels().reason == "compiled by 'cc'"
+    assert compile_kernels().reason.startswith("compiled by 'cc', ")
 
 
 def test_only_some_processors_compile() -> None:
@@ -503,3 +508,22 @@ def test_only_some_processors_compile() -> None:
     else:
         assert (found.kernels is not None) == ABLE
     assert compilation() is found
+
+
+@needs_units
+def test_they_are_kept_for_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing else is left on disk. What is kept is test_libraries.py's affair."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    found = compile_kernels()
+    (kept,) = (tmp_path / "caches" / "gemma2_stream").iterdir()
+    assert found.reason == f"compiled by 'cc', kept in {str(kept.parent)!r}"
+    assert list(temporary.iterdir()) == []
+    made = kept.stat()
+    again = compile_kernels()
+    assert (again.kernels is not None, again.reason) == (True, found.reason)
+    assert kept.stat() == made
