@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import AsyncGeneratorType
 from typing import Any
 
 import httpx
@@ -333,6 +334,28 @@ def test_an_answer_that_is_cut_is_an_error(cls: Any, sent: list[bytes]) -> None:
         with pytest.raises(ServerError):
             list(pieces)
     assert len(wire.asked) == 1
+
+
+@pytest.mark.parametrize("sent", CUT.values(), ids=CUT)
+def test_an_answer_that_is_cut_leaves_nothing_to_collect(sent: list[bytes]) -> None:
+    """What any thread may collect, while the loop runs it, is an error that nobody can catch."""
+    others, more = open_generators(), 20
+    with Wire(sent, *more * [WHOLE]) as wire:
+        model = wire.model()
+        with pytest.raises(ServerError) as kept:
+            model.invoke("Hi")
+        # Counted, since none that is held would end.
+        while len(open_generators(others)) > 0:
+            assert more
+            more -= 1
+            model.invoke("Hi")  # meanwhile the loop closes what it was given to close
+        assert kept.value.__traceback__ is not None
+
+
+def open_generators(but: Sequence[object] = ()) -> list[AsyncGeneratorType[Any, Any]]:
+    """Those that are not over, and not among `but`."""
+    generators = [each for each in gc.get_objects() if type(each) is AsyncGeneratorType]
+    return [each for each in generators if each.ag_frame is not None and each not in but]
 
 
 async def test_an_answer_that_is_cut_is_an_error_in_asyncio() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
+import traceback
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
@@ -166,6 +168,7 @@ class RemoteEngine(Resident):
     def _over(self, channel: Channel, rows: Sequence[Answer], task: asyncio.Task[None]) -> None:
         channel.when_cancelled(int)  # there is nothing left to end
         if not task.cancelled() and (error := task.exception()) is not None:
+            _let_go(error)
             channel.fail(error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error)
         elif channel.error is None:
             for row in rows:
@@ -201,14 +204,17 @@ class RemoteEngine(Resident):
             room = self.context_length - len(row.request.prompt_ids)
             body = self._body(row, min(limit or room, room))
             row.filter_stops(not self._is_ours)
-            async with await self._client.completions.create(
+            stream = await self._client.completions.create(
                 model=self._spec.model,
                 prompt=row.request.prompt_ids,
                 stream=True,
                 stream_options={"include_usage": True},
                 extra_body=body,
                 extra_headers=headers(self._spec),
-            ) as events:
+            )
+            # The client closes the connection, and leaves its generators to whoever collects them.
+            events: AsyncGenerator[Any] = stream._iterator  # type: ignore[assignment]
+            async with stream, aclosing(events):
                 async for event in events:
                     if (chunk := row.feed(event)) is not None:
                         yield chunk
@@ -251,6 +257,21 @@ class RemoteEngine(Resident):
         if grammar is not None:
             body["structured_outputs"] = {"grammar": grammar}
         return {name: value for name, value in body.items() if value is not None}
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the frames of `error`, and of all that led to it: generators of the client that are
+    held there are then closed by the loop, and not by the thread that forgets the error, while the
+    loop may run them.
+    """
+    errors, known = [error], set()
+    while errors:
+        error = errors.pop()
+        known.add(error)
+        traceback.clear_frames(error.__traceback__)
+        inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        related = (error.__cause__, error.__context__, *inner)
+        errors += [each for each in related if each is not None and each not in known]
 
 
 def _with_ends(grammar: str, ends: set[int]) -> str:
