@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 
@@ -28,6 +29,15 @@ settings.load_profile("untimed")
 def _two_threads() -> None:
     # More would only spin against each other on tiny matrices.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_collect() -> None:
+    """What is there when a module begins, mostly a million imported objects, is nobody's to collect:
+    otherwise each test that looks for what is left behind takes seconds.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
