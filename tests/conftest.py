@@ -33,7 +33,7 @@ def _two_threads() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _little_to_collect() -> None:
-    """What is there when a module begins, mostly a million imported objects, is nobody's to collect:
+    """What is there when a module begins, a million imported objects, is nobody's to collect:
     otherwise each test that looks for what is left behind takes seconds.
     """
     gc.collect()

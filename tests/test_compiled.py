@@ -373,27 +373,55 @@ def test_its_threads_are_torch_s() -> None:
 
 OUT_OF_MEMORY = """
 import resource, torch
+from types import SimpleNamespace
 from gemma2_stream.compiled import compile_kernels
+from gemma2_stream.kernels import MOST, Layer
 
-kernels = compile_kernels().kernels
-queries, states = torch.zeros(1, 1, 1, 32).bfloat16(), torch.zeros(1, 1, 2**20, 32).bfloat16()
-kernels.attended(queries, states[:, :, :64], states[:, :, :64], None, 1.0, None)
+kernels, size = compile_kernels().kernels, 32
+weights = [torch.ones(outs, size).bfloat16() for outs in (96, 32, 32, 32, 32)]
+products, norms = [(weight, None) for weight in weights], [torch.ones(size).bfloat16()] * 4
+layer = Layer.of(products, norms, size, 1, 1, size, 1.0, 1.0, 0.0)
+queries, states = torch.ones(1, 1, 1, size).bfloat16(), torch.zeros(1, 1, 2**20, size).bfloat16()
+room = SimpleNamespace(keys=states, values=states)
+turns, new = torch.ones(1, 1, size).bfloat16(), torch.ones(1, 1, size).bfloat16()
+many, wide = torch.ones(MOST, 2**19).bfloat16(), torch.ones(2, 2**19, dtype=torch.int8)
+
+
+def say(what):
+    try:
+        return what()
+    except MemoryError as error:
+        print(error)
+
+
+def attended(tokens):
+    return kernels.attended(queries, states[:, :, :tokens], states[:, :, :tokens], None, 1.0, None)
+
+
+def decoded(past):
+    return kernels.decoded([layer] * 2, [room] * 2, "aa", {"a": None}, new, turns, turns, past)
+
+
+attended(64), decoded(64), kernels.product(many[:, :size], wide[:, :size])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**23,) * 2)
-try:
-    kernels.attended(queries, states, states, None, 1.0, None)
-except MemoryError as error:
-    print(error)
+say(lambda: attended(2**20))
+say(lambda: decoded(2**20 - 1))
+print((kernels.product(many, wide, dtype=torch.float32) == 2**19).all().item())
 """
 
 
 @needs_units
 def test_memory_that_runs_out_is_an_error() -> None:
-    """For the scores of a million tokens, 16 MB a thread."""
+    """For the scores of a million tokens, 16 MB a thread, alone and in the middle of a layer; and
+    16 MB for a block of widened weights, without which a product takes longer.
+    """
     done = subprocess.run(
         [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, check=True, text=True
     )
-    assert done.stdout.startswith("no memory is left for what a layer computes at the side")
+    first, second, product = done.stdout.splitlines()
+    assert first.startswith("no memory is left for what a layer computes at the side")
+    assert (second, product) == (first, "True")
 
 
 # Where it can't be ---------------------------------------------------------------------------
