@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -150,6 +151,22 @@ def test_what_has_begun_is_finished() -> None:
         rest = read_until(client)
     assert b"lo" in rest
     assert rest.rstrip(b"0\r\n").endswith(b"data: [DONE]")
+
+
+@pytest.fixture
+def silenced() -> Iterator[None]:
+    """As another server of this process leaves uvicorn's log, Gradio's for one."""
+    logger = logging.getLogger("uvicorn.error")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(before)
+
+
+def test_another_server_does_not_silence_its_log(silenced: None) -> None:
+    with serving(FakeEngine([["Hello"]])) as server:
+        pass
+    assert any("Shutting down" in line["event"] for line in server.said())
 
 
 def test_but_not_for_ever() -> None:

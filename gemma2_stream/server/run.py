@@ -72,6 +72,7 @@ def server(
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level=logging.INFO,  # whatever another server of the process has set
         access_log=False,
         server_header=False,
         proxy_headers=False,  # a client could say that it is another
