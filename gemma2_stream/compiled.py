@@ -35,8 +35,8 @@ class Compilation:
 
 @functools.cache
 def compilation() -> Compilation:
-    """Of this process. Takes two seconds when it is first asked for, and a tenth of one in later
-    processes.
+    """Of this process. Takes two seconds when it is first asked for, and hundredths of one in later
+    processes, if it could be kept.
 
     Only for processors with AVX512-BF16 and no AMX: elsewhere torch's own are as fast as memory, or
     nothing was measured by us.
